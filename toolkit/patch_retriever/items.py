@@ -1,0 +1,92 @@
+"""Items: what is embedded. An image, a text, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from patch_retriever.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Kind = Literal["text", "image", "both"]
+KINDS: tuple[Kind, ...] = ("text", "image", "both")
+"""What an item holds; a kind's number everywhere is its index here."""
+
+
+class Picture(Protocol):
+    """Anything that can be opened as a picture, so that a corpus never sits in memory decoded."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+    def open(self) -> Image.Image:
+        """The decoded RGB picture."""
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture on disk, of any format, mode and orientation that Pillow reads."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's path."""
+        return str(self.path)
+
+    def open(self) -> Image.Image:
+        """Decode, turn as the EXIF orientation says, convert to RGB (alpha on white).
+
+        Raises:
+            UserError: the file is missing, is no image, is truncated or is absurdly large.
+        """
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(self.path) as file:
+                picture = ImageOps.exif_transpose(file)
+                if picture.has_transparency_data:
+                    picture = picture.convert("RGBA")
+                    white = Image.new("RGBA", picture.size, "white")
+                    picture = Image.alpha_composite(white, picture)
+                return picture.convert("RGB")
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no such image file") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.path}: not a readable image ({error})") from None
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image, a text, or both."""
+
+    text: str | None = None
+    picture: Picture | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.picture is None:
+            raise ValueError("an item needs a text, a picture or both")
+
+    @property
+    def kind(self) -> Kind:
+        """`text`, `image` or `both`."""
+        if self.picture is None:
+            return "text"
+        return "image" if self.text is None else "both"
+
+    def load(self) -> dict[str, Any]:
+        """The item as sentence-transformers takes it, image first.
+
+        A chat message, since a bare string that names an image file or an address would be
+        fetched as an image.
+        """
+        content: list[dict[str, Any]] = []
+        if self.picture is not None:
+            content.append({"type": "image", "image": self.picture.open()})
+        if self.text is not None:
+            content.append({"type": "text", "text": self.text})
+        return {"role": "user", "content": content}
