@@ -78,15 +78,15 @@ class Item:
             return "text"
         return "image" if self.text is None else "both"
 
-    def load(self) -> dict[str, Any]:
-        """The item as sentence-transformers takes it, image first.
+    def load(self) -> list[dict[str, Any]]:
+        """The item as sentence-transformers takes it: a chat of one message, image first.
 
-        A chat message, since a bare string that names an image file or an address would be
-        fetched as an image.
+        Not a bare string, since one that names an image file or an address would be fetched as
+        an image.
         """
         content: list[dict[str, Any]] = []
         if self.picture is not None:
             content.append({"type": "image", "image": self.picture.open()})
         if self.text is not None:
             content.append({"type": "text", "text": self.text})
-        return {"role": "user", "content": content}
+        return [{"role": "user", "content": content}]

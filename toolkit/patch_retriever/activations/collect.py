@@ -1,0 +1,132 @@
+"""Items through the backbone: token activations for the store, pooled vectors and pooled codes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from patch_retriever.activations.store import StoreWriter
+from patch_retriever.backbones.inputs import TokenRoles, item_batches, pool, pooling_weights
+from patch_retriever.backbones.load import set_readout
+from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.items import Item
+from patch_retriever.probe import Probe
+from patch_retriever.sae.codes import Codes
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+    from torch import Tensor
+
+    from patch_retriever.sae.model import SparseAutoencoder
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps an iterable of known length to show its progress."""
+
+
+def no_progress(steps: Iterable[Any], _total: int) -> Iterable[Any]:
+    """Show nothing."""
+    return steps
+
+
+def collect_pooled(
+    transformer: Transformer,
+    items: Sequence[Item],
+    readouts: Sequence[Readout],
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+) -> dict[Readout, Tensor]:
+    """Pooled vectors (n, d) under each of several readouts, one forward pass per prompt."""
+    found: dict[Readout, Tensor] = {}
+    by_prompt = defaultdict(list)
+    for readout in readouts:
+        by_prompt[readout.prompt].append(readout)
+    for prompt, group in by_prompt.items():
+        set_readout(transformer, Readout(prompt))
+        probe = Probe(transformer)
+        sites = sorted({readout.site for readout in group})
+        n_batches = -(-len(items) // batch_size)
+        for numbers, features in progress(item_batches(transformer, items, batch_size), n_batches):
+            tokens = probe.read(features, sites)
+            for readout in group:
+                weights_nt = pooling_weights(features["attention_mask"], readout.pooling)
+                pooled_nd = pool(tokens[readout.site], weights_nt)
+                if readout not in found:
+                    found[readout] = torch.empty(len(items), pooled_nd.shape[1])
+                found[readout][numbers] = pooled_nd.cpu()
+    return found
+
+
+def collect_tokens(
+    transformer: Transformer,
+    items: Sequence[Item],
+    readout: Readout,
+    folder: Path,
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+) -> None:
+    """Write the activations of every token at the readout's site into a store at `folder`."""
+    set_readout(transformer, readout)
+    probe, roles_of = Probe(transformer), TokenRoles(transformer)
+    writer = StoreWriter(folder)
+    n_batches = -(-len(items) // batch_size)
+    for _, features in progress(item_batches(transformer, items, batch_size), n_batches):
+        tokens_ntd = probe.read(features, [LAST])[LAST]
+        mask_nt = features["attention_mask"].bool()
+        pooled_nt = pooling_weights(mask_nt, readout.pooling) > 0
+        roles_nt = roles_of(features)
+        writer.add(tokens_ntd[mask_nt], roles_nt[mask_nt.cpu()], pooled_nt[mask_nt])
+    writer.close()
+
+
+@dataclass(frozen=True)
+class Features:
+    """What every patch of one readout is fitted on and judged by, for the items of a split.
+
+    `pooled_nd` are unnormalised pooled vectors, `codes` the concepts' activations pooled the
+    same way, `kinds_n` the items' kinds.
+    """
+
+    pooled_nd: Tensor
+    codes: Codes
+    kinds_n: Tensor
+
+
+def collect_features(
+    transformer: Transformer,
+    items: Sequence[Item],
+    readout: Readout,
+    sae: SparseAutoencoder,
+    kinds_n: Tensor,
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+) -> Features:
+    """Pooled vectors and pooled codes of `items`, streamed: no token is kept."""
+    set_readout(transformer, readout)
+    probe = Probe(transformer)
+    pooled_nd = torch.empty(len(items), sae.d_in)
+    rows: list[tuple[list[int], Tensor]] = []
+    n_batches = -(-len(items) // batch_size)
+    for numbers, features in progress(item_batches(transformer, items, batch_size), n_batches):
+        tokens_ntd = probe.read(features, [LAST])[LAST].float()
+        weights_nt = pooling_weights(features["attention_mask"], readout.pooling)
+        pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
+        rows.append((numbers, _pool_codes(tokens_ntd, weights_nt, sae).cpu()))
+    return Features(pooled_nd, Codes.from_rows(rows), kinds_n)
+
+
+def _pool_codes(
+    tokens_ntd: Tensor, weights_nt: Tensor, sae: SparseAutoencoder, chunk: int = 2048
+) -> Tensor:
+    """Codes of all tokens with a weight, summed by weight into (n, c), `chunk` tokens at a time."""
+    out_nc = torch.zeros(len(tokens_ntd), sae.n_concepts, device=tokens_ntd.device)
+    item_t, position_t = weights_nt.nonzero(as_tuple=True)
+    for start in range(0, len(item_t), chunk):
+        i, p = item_t[start : start + chunk], position_t[start : start + chunk]
+        codes_tc = sae.encode(tokens_ntd[i, p])
+        out_nc.index_add_(0, i, codes_tc * weights_nt[i, p, None])
+    return out_nc

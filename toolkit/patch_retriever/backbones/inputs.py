@@ -1,0 +1,100 @@
+"""Items to model inputs, in batches of similar length, with the role of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from patch_retriever.backbones.families import image_token_id
+from patch_retriever.backbones.readout import PoolingMode
+from patch_retriever.items import Item
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+    from torch import Tensor
+
+ROLES = ("image", "text", "instruction", "special")
+"""Token roles; a role's number everywhere is its index here. `special` is also the template."""
+
+
+def item_batches(
+    transformer: Transformer, items: Sequence[Item], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """(item numbers, preprocessed features on the model's device), similar lengths together."""
+    device = next(transformer.parameters()).device
+    order = sorted(range(len(items)), key=lambda i: (items[i].kind, len(items[i].text or "")))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        features = transformer.preprocess([items[i].load() for i in numbers])
+        yield (
+            numbers,
+            {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()},
+        )
+
+
+class TokenRoles:
+    """Tells image, text, instruction and special tokens apart in preprocessed batches.
+
+    The template and the instruction are what two different items of one kind share at the start
+    and at the end; of these, the template's special tokens are `special`, the words after the
+    item are `instruction`.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        self._image = image_token_id(transformer.config)
+        self._special = torch.tensor(sorted(transformer.tokenizer.all_special_ids))
+        self._ends = {}
+        for has_image in (False, True):
+            a, b = (_ids(transformer, text, has_image) for text in ("one", "two other words"))
+            shared = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(a, b, strict=False)))
+            tail = sum(
+                1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(a[::-1], b[::-1], strict=False))
+            )
+            self._ends[has_image] = shared, tail
+
+    def __call__(self, features: dict[str, Any]) -> Tensor:
+        """Role numbers, uint8 (n, tokens); padding counts as special."""
+        ids_nt = features["input_ids"].cpu()
+        mask_nt = features["attention_mask"].cpu().bool()
+        roles_nt = torch.full(ids_nt.shape, ROLES.index("text"), dtype=torch.uint8)
+        position_nt = mask_nt.cumsum(1) - 1
+        left_nt = mask_nt.sum(1, keepdim=True) - position_nt  # tokens from here to the end
+        image_nt = ids_nt == self._image
+        has_image_n = image_nt.any(1)
+        for has_image, (head, tail) in self._ends.items():
+            rows_n1 = (has_image_n == has_image)[:, None]
+            roles_nt[rows_n1 & (position_nt < head)] = ROLES.index("special")
+            roles_nt[rows_n1 & (left_nt <= tail)] = ROLES.index("instruction")
+        roles_nt[torch.isin(ids_nt, self._special)] = ROLES.index("special")
+        roles_nt[image_nt] = ROLES.index("image")
+        roles_nt[~mask_nt] = ROLES.index("special")
+        return roles_nt
+
+
+def _ids(transformer: Transformer, text: str, has_image: bool) -> list[int]:
+    """Token ids of a dummy item, its image as one placeholder."""
+    content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    rendered = transformer.processor.apply_chat_template(messages, tokenize=False)
+    return transformer.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def pooling_weights(mask_nt: Tensor, pooling: PoolingMode) -> Tensor:
+    """The weight of every token in its item's pooled vector, (n, tokens).
+
+    Both poolings are linear in the tokens: that is why codes can be pooled like activations.
+    """
+    mask_nt = mask_nt.float()
+    if pooling == "mean":
+        return mask_nt / mask_nt.sum(1, keepdim=True)
+    positions_t = torch.arange(1, mask_nt.shape[1] + 1, device=mask_nt.device)
+    last_n = (mask_nt * positions_t).argmax(1)
+    return torch.nn.functional.one_hot(last_n, mask_nt.shape[1]).float()
+
+
+def pool(tokens_ntd: Tensor, weights_nt: Tensor) -> Tensor:
+    """Pooled vectors (n, d): the tokens' sum, each times its weight."""
+    return torch.einsum("nt,ntd->nd", weights_nt, tokens_ntd.float())

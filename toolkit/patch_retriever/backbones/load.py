@@ -1,0 +1,140 @@
+"""Backbones: any MLLM folder or hub id as a sentence-transformers model with an explicit readout."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patch_retriever.backbones.families import image_token_id
+from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.errors import UserError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+
+BUILT_IN = "tiny-mllm"
+"""Name of the model that ships with the project (checkpoints/tiny-mllm)."""
+
+
+def built_in_model() -> Path:
+    """Folder of the built-in MLLM.
+
+    Raises:
+        UserError: this installation has no checkpoints beside it.
+    """
+    folder = Path(__file__).parents[3] / "checkpoints" / BUILT_IN
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: the built-in model is not here; it lies in the project's repository "
+            "(install from a clone with `pip install -e .`) or name a model of your own"
+        )
+    return folder
+
+
+def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu") -> Transformer:
+    """Load an MLLM as sentence-transformers' `Transformer` module.
+
+    Args:
+        name_or_path: a folder, a hub id, or `tiny-mllm` for the built-in model.
+        dtype: torch dtype to run in.
+        device: torch device.
+
+    Raises:
+        UserError: nothing is there, it is no model, or it takes no images.
+    """
+    path = str(built_in_model()) if name_or_path == BUILT_IN else name_or_path
+    _check_folder(path)
+    import torch
+    from sentence_transformers.base.modules import Transformer
+
+    with _quiet():
+        try:
+            transformer = Transformer(path, model_kwargs={"dtype": getattr(torch, dtype)})
+        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(f"{name_or_path}: cannot be loaded as a model ({reason})") from error
+    modalities = [str(m) for m in transformer.modalities]
+    if image_token_id(transformer.config) is None or "image" not in " ".join(modalities):
+        raise UserError(
+            f"{name_or_path}: a text-only model (it takes {', '.join(modalities)}); "
+            "patch-retriever needs a multimodal LLM that takes images"
+        )
+    if getattr(transformer.processor, "chat_template", None) is None:
+        raise UserError(
+            f"{name_or_path}: its processor has no chat template, which the readout's prompt is "
+            "written into; save the processor with one (processor.chat_template = ...)"
+        )
+    transformer.model.eval().requires_grad_(False)
+    return transformer.to(device)
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path)
+    if folder.exists():
+        if not folder.is_dir():
+            raise UserError(f"{path}: not a folder; name a model's folder or its hub id")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path}: no model in this folder (config.json is missing)")
+        try:
+            json.loads((folder / "config.json").read_text())
+        except ValueError:
+            raise UserError(f"{path}/config.json: damaged (not JSON)") from None
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"{path}: no such folder; name a model's folder, a hub id (organisation/model), "
+            f"or {BUILT_IN}"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load reports and progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
+def chat_template(transformer: Transformer) -> str:
+    """The processor's own chat template, before any readout was written into it."""
+    own = transformer.__dict__.setdefault("_own_template", transformer.processor.chat_template)
+    return own
+
+
+def set_readout(transformer: Transformer, readout: Readout) -> None:
+    """Make `transformer` read items as `readout` says (its pooling aside)."""
+    transformer.processor.chat_template = readout.prompt.wrap(chat_template(transformer))
+    output: Any = LAST
+    if readout.site != LAST:
+        # hidden_states[0] are the embeddings, so layer N's output is at N + 1
+        output = ["hidden_states", int(readout.site.removeprefix("layers.")) + 1]
+    transformer.modality_config = {
+        modality: {**params, "method_output_name": output}
+        for modality, params in transformer.modality_config.items()
+    }
+
+
+def with_readout(transformer: Transformer, readout: Readout) -> SentenceTransformer:
+    """The backbone: `Transformer`, `Pooling` and `Normalize` with `readout` set."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    set_readout(transformer, readout)
+    width = transformer.get_embedding_dimension()
+    return SentenceTransformer(
+        modules=[transformer, Pooling(width, readout.pooling), Normalize()],
+        device=str(next(transformer.parameters()).device),
+    )

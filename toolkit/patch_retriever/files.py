@@ -1,0 +1,73 @@
+"""Writing files so that half-written is not written: a temporary name, then a rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patch_retriever.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write(path: Path, writer: Callable[[Path], None]) -> None:
+    """Let `writer` write a temporary file beside `path`, flush it to disk, then rename it.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        writer(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose "
+            "another folder and run the same command again, it goes on where it stood"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8."""
+    write(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as JSON."""
+    write_text(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors (the same tensors always give the same bytes)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def save(p: Path) -> None:
+        try:
+            save_file(contiguous, p)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+
+    write(path, save)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def value_hash(values: Any) -> str:
+    """SHA-256 of a JSON value, in hex."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

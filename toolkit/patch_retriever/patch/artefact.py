@@ -1,0 +1,105 @@
+"""The patch: operators in order, with their statistics, the site and where they come from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import write_json, write_tensors
+from patch_retriever.patch.operators import Affine, Gate, Subtract, apply_maps
+from patch_retriever.sae.codes import Codes
+
+CONFIG, TENSORS = "patch.json", "patch.safetensors"
+FORMAT = 1
+
+QUERY, DOCUMENT = 0, 1
+
+
+@dataclass(frozen=True)
+class Patch:
+    """`subtract` on the tokens at `site`, then, after pooling, `maps` in order.
+
+    `gate` is there where a map has statistics per modality. `about` says how the patch was made
+    (free JSON: readout, selected concepts with reasons, settings, data).
+    """
+
+    site: str
+    subtract: Subtract | None = None
+    maps: tuple[Affine, ...] = ()
+    gate: Gate | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gated and self.gate is None:
+            raise ValueError("a map with statistics per modality needs a gate")
+
+    @property
+    def gated(self) -> bool:
+        """Whether a map has statistics per modality, so that the gate is asked."""
+        return any(step.by == "modality" for step in self.maps)
+
+    def on_pooled(self, pooled_nd: Tensor, codes: Codes, role: int) -> Tensor:
+        """Unit embeddings (n, e) of items from their raw pooled vectors and pooled codes."""
+        x_nd = pooled_nd if self.subtract is None else self.subtract.on_pooled(pooled_nd, codes)
+        out_ne = apply_maps(self.maps, self.gate, x_nd, pooled_nd, role)
+        return torch.nn.functional.normalize(out_ne, dim=1)
+
+    def save(self, folder: Path) -> None:
+        """Write `patch.safetensors` and `patch.json`."""
+        tensors: dict[str, Tensor] = {}
+        operators: list[dict[str, str]] = []
+        if self.subtract is not None:
+            operators.append({"kind": "subtract"})
+            tensors |= {f"subtract.{k}": v for k, v in vars(self.subtract).items()}
+        for i, step in enumerate(self.maps):
+            operators.append({"kind": "affine", "name": step.name, "by": step.by})
+            tensors |= {f"map{i}.weight_gde": step.weight_gde, f"map{i}.bias_ge": step.bias_ge}
+        gate = None
+        if self.gate is not None:
+            tensors |= {"gate.direction_2d": self.gate.direction_2d, "gate.offset_2": self.gate.offset_2}
+            gate = {"margin": self.gate.margin}
+        # an empty file is no safetensors: the identity patch still has its site
+        write_tensors(folder / TENSORS, tensors or {"none": torch.zeros(1)})
+        values = {"format": FORMAT, "site": self.site, "operators": operators, "gate": gate}
+        write_json(folder / CONFIG, {**values, "about": self.about})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Patch:
+        """Read a patch that `save` wrote.
+
+        Raises:
+            UserError: there is no patch, it is damaged, or it is of a newer format.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder}: no patch here ({CONFIG} is missing)")
+        try:
+            values = json.loads((folder / CONFIG).read_text())
+            if values["format"] > FORMAT:
+                raise UserError(f"{folder}: written by a newer patch-retriever; upgrade it")
+            tensors = load_file(folder / TENSORS)
+            kinds = [operator["kind"] for operator in values["operators"]]
+            subtract = None
+            if "subtract" in kinds:
+                fields = {k.removeprefix("subtract."): v for k, v in tensors.items() if k.startswith("subtract.")}
+                subtract = Subtract(**fields)
+            affine = [operator for operator in values["operators"] if operator["kind"] == "affine"]
+            maps = tuple(
+                Affine(o["name"], o["by"], tensors[f"map{i}.weight_gde"], tensors[f"map{i}.bias_ge"])
+                for i, o in enumerate(affine)
+            )
+            gate = None
+            if values["gate"] is not None:
+                gate = Gate(tensors["gate.direction_2d"], tensors["gate.offset_2"], values["gate"]["margin"])
+            return cls(values["site"], subtract, maps, gate, values["about"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder}: a damaged patch ({error}); build it again") from None

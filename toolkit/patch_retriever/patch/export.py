@@ -1,0 +1,133 @@
+"""A patch as stock sentence-transformers modules: exact, and no code travels with the folder.
+
+The switch in both parts is `GLU` (a * sigmoid(b), a stock torch activation without arguments):
+with a steep b the sigmoid is exactly 0 or 1 in floating point.
+
+- JumpReLU subtraction on tokens: one `Dense` d -> 2 (d + m) with GLU gives [h; z(h)], since
+  u * sigmoid(K (u - threshold)) is u where u is above its threshold and 0 below; a second
+  `Dense` d + m -> d gives h - (a z) D. 3 d (d + m) multiplications per token, of which 2 d m
+  are the patch itself.
+- Statistics per modality: one `Dense` d -> 6 d with GLU gives the text map, the step from text
+  to image and the step from image to both, each switched by its hyperplane; a second sums them.
+- Statistics per role: a `Router` with one branch for queries and one for documents.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
+from patch_retriever.patch.operators import Gate, Subtract, compose
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Dense
+
+_OPEN = 60.0
+"""sigmoid(60) is exactly 1, sigmoid(-60) times an activation is below its last digit."""
+_STEEP = 1e6
+"""How fast a switch closes, in units of its threshold or margin."""
+
+
+def token_modules(subtract: Subtract, keep_raw: bool) -> list[Dense]:
+    """`Dense` modules on `token_embeddings`: h - sum a z(h) d, exactly.
+
+    With `keep_raw` the raw activation stays beside the patched one, [patched; h] (2 d wide), for
+    a gate that has to see it.
+    """
+    d, m = subtract.W_enc_dm.shape
+    steep_m = _STEEP / subtract.threshold_m.abs().clamp(min=1e-6)
+    value = torch.cat([torch.eye(d), subtract.W_enc_dm.T])
+    switch = torch.cat([torch.zeros(d, d), steep_m[:, None] * subtract.W_enc_dm.T])
+    value_bias = torch.cat([torch.zeros(d), subtract.b_enc_m])
+    switch_bias = torch.cat(
+        [torch.full((d,), _OPEN), steep_m * (subtract.b_enc_m - subtract.threshold_m)]
+    )
+    first = _dense(torch.cat([value, switch]), torch.cat([value_bias, switch_bias]), nn.GLU(), _TOKENS)
+    removed_dm = -(subtract.W_dec_md * subtract.strength_m[:, None]).T
+    second = torch.cat([torch.eye(d), removed_dm], dim=1)
+    if keep_raw:
+        second = torch.cat([second, torch.cat([torch.eye(d), torch.zeros(d, m)], dim=1)])
+    return [first, _dense(second, None, nn.Identity(), _TOKENS)]
+
+
+def pooled_modules(patch: Patch, d: int, role: int) -> list[Dense]:
+    """`Dense` modules on `sentence_embedding`: the patch's maps for one role.
+
+    Where the patch subtracts and has a gate, their input is [patched; raw].
+    """
+    weight_kde, bias_ke = compose(patch.maps, d, role)
+    same = all(torch.equal(weight_kde[k], weight_kde[0]) and torch.equal(bias_ke[k], bias_ke[0]) for k in (1, 2))
+    two_halves = patch.subtract is not None and patch.gated
+    if patch.gate is None or same:
+        weight_ed = weight_kde[0].T
+        if two_halves:
+            weight_ed = torch.cat([weight_ed, torch.zeros_like(weight_ed)], dim=1)
+        return [_dense(weight_ed, bias_ke[0], nn.Identity(), _POOLED)]
+    return _switched(weight_kde, bias_ke, patch.gate, two_halves)
+
+
+def _switched(weight_kde: Tensor, bias_ke: Tensor, gate: Gate, two_halves: bool) -> list[Dense]:
+    """text map + [image] (image - text) + [both] (both - image), as two `Dense` modules."""
+    _, d, e = weight_kde.shape
+    steps_ed = torch.cat(
+        [weight_kde[0].T, *((weight_kde[k + 1] - weight_kde[k]).T for k in (0, 1))]
+    )
+    steps_bias = torch.cat([bias_ke[0], *(bias_ke[k + 1] - bias_ke[k] for k in (0, 1))])
+    switch_ed = torch.cat(
+        [torch.zeros(e, d), *((_STEEP * gate.direction_2d[k]).expand(e, d) for k in (0, 1))]
+    )
+    switch_bias = torch.cat(
+        [torch.full((e,), _OPEN), *((_STEEP * gate.offset_2[k]).expand(e) for k in (0, 1))]
+    )
+    if two_halves:
+        steps_ed = torch.cat([steps_ed, torch.zeros_like(steps_ed)], dim=1)
+        switch_ed = torch.cat([torch.zeros_like(switch_ed), switch_ed], dim=1)
+    first = _dense(
+        torch.cat([steps_ed, switch_ed]), torch.cat([steps_bias, switch_bias]), nn.GLU(), _POOLED
+    )
+    return [first, _dense(torch.eye(e).repeat(1, 3), None, nn.Identity(), _POOLED)]
+
+
+_TOKENS, _POOLED = "token_embeddings", "sentence_embedding"
+
+
+def _dense(weight_ed: Tensor, bias_e: Tensor | None, activation: nn.Module, features: str) -> Dense:
+    from sentence_transformers.base.modules import Dense
+
+    out_features, in_features = weight_ed.shape
+    return Dense(
+        in_features,
+        out_features,
+        bias=bias_e is not None,
+        activation_function=activation,
+        init_weight=weight_ed.float().contiguous().clone(),
+        init_bias=None if bias_e is None else bias_e.float().contiguous().clone(),
+        module_input_name=features,
+    )
+
+
+def export_modules(patch: Patch, d: int, pooling: str) -> list[nn.Module]:
+    """Everything after the `Transformer`: token modules, `Pooling`, maps, `Normalize`."""
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    modules: list[nn.Module] = []
+    width = d
+    if patch.subtract is not None:
+        modules += token_modules(patch.subtract, keep_raw=patch.gated)
+        width = 2 * d if patch.gated else d
+    modules.append(Pooling(width, pooling))
+    if any(step.by == "role" for step in patch.maps):
+        branches = {
+            "query": pooled_modules(patch, d, QUERY),
+            "document": pooled_modules(patch, d, DOCUMENT),
+        }
+        modules.append(Router(branches, default_route="document"))
+    elif patch.maps:
+        modules += pooled_modules(patch, d, DOCUMENT)
+    modules.append(Normalize())
+    return modules

@@ -1,0 +1,141 @@
+"""The operators of a patch, in plain torch.
+
+There are two: `Subtract` takes concepts out of token activations, `Affine` corrects the geometry
+of pooled vectors (centring, all-but-the-top, subspace removal, ReAlign, Procrustes, CCA and gains
+on principal components are all affine maps). `Gate` tells the kinds of items apart where an
+affine map has statistics per modality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from patch_retriever.items import KINDS
+from patch_retriever.sae.codes import Codes
+from patch_retriever.sae.model import SparseAutoencoder
+
+By = Literal["all", "role", "modality"]
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": ("all",),
+    "role": ("query", "document"),
+    "modality": KINDS,
+}
+"""Which statistics an affine map holds, by what it tells apart."""
+
+
+@dataclass(frozen=True)
+class Subtract:
+    """h - sum_i a_i z_i(h) d_i over m selected concepts, z_i = u_i [u_i > threshold_i].
+
+    It holds the rows of the SAE that it needs and no others: `concepts_m` (their numbers in the
+    SAE), `strength_m` (a, in [0, 1]), `W_enc_dm`, `b_enc_m`, `threshold_m`, `W_dec_md`.
+    """
+
+    concepts_m: Tensor
+    strength_m: Tensor
+    W_enc_dm: Tensor
+    b_enc_m: Tensor
+    threshold_m: Tensor
+    W_dec_md: Tensor
+
+    @classmethod
+    def from_sae(cls, sae: SparseAutoencoder, strength_c: Tensor) -> Subtract:
+        """Subtract every concept whose entry in `strength_c` is above zero."""
+        concepts_m = strength_c.nonzero()[:, 0]
+        return cls(
+            concepts_m,
+            strength_c[concepts_m].float(),
+            sae.W_enc_dc[:, concepts_m],
+            sae.b_enc_c[concepts_m],
+            sae.threshold_c[concepts_m],
+            sae.W_dec_cd[concepts_m],
+        )
+
+    def __call__(self, h_nd: Tensor, keep_m: Tensor | None = None) -> Tensor:
+        """Patched activations (..., d); concepts marked in `keep_m` (bool) stay."""
+        u = h_nd @ self.W_enc_dm + self.b_enc_m
+        strength_m = self.strength_m if keep_m is None else self.strength_m.masked_fill(keep_m, 0)
+        return h_nd - (u * (u > self.threshold_m) * strength_m) @ self.W_dec_md
+
+    def on_pooled(self, pooled_nd: Tensor, codes: Codes) -> Tensor:
+        """What pooling the patched tokens would give, from pooled vectors and pooled codes.
+
+        Exact for linear poolings (mean, last token): pool(h - sum a z d) = pool(h) - sum a
+        pool(z) d.
+        """
+        dictionary_cd = torch.zeros(codes.n_concepts, pooled_nd.shape[1])
+        dictionary_cd[self.concepts_m] = self.W_dec_md * self.strength_m[:, None]
+        return pooled_nd - codes.matmul(dictionary_cd)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x W_g + b_g, one W (d, e) and b (e,) for each group g that `by` tells apart."""
+
+    name: str
+    by: By
+    weight_gde: Tensor
+    bias_ge: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.weight_gde) != len(GROUPS[self.by]) or len(self.bias_ge) != len(self.weight_gde):
+            raise ValueError(f"{self.name}: {len(self.weight_gde)} groups, by {self.by}")
+
+    def group(self, role: int, kind: int) -> int:
+        """The group of a query (role 0) or document (1) of a kind (its number in `KINDS`)."""
+        return {"all": 0, "role": role, "modality": kind}[self.by]
+
+
+def compose(maps: tuple[Affine, ...], d: int, role: int) -> tuple[Tensor, Tensor]:
+    """All maps as one for a role: weights (3, d, e) and biases (3, e), one per kind."""
+    weights, biases = [], []
+    for kind in range(len(KINDS)):
+        weight_de, bias_e = torch.eye(d), torch.zeros(d)
+        for step in maps:
+            g = step.group(role, kind)
+            bias_e = bias_e @ step.weight_gde[g] + step.bias_ge[g]
+            weight_de = weight_de @ step.weight_gde[g]
+        weights.append(weight_de)
+        biases.append(bias_e)
+    return torch.stack(weights), torch.stack(biases)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Tells text, image and both apart from the raw pooled vector, by two hyperplanes.
+
+    `direction_2d` and `offset_2`: the first is positive for everything with an image, the second
+    for items with image and text. `margin` is the smallest distance of a calibration item from
+    its hyperplane, in units of the items' spread along it.
+    """
+
+    direction_2d: Tensor
+    offset_2: Tensor
+    margin: float
+
+    def switches(self, raw_nd: Tensor) -> Tensor:
+        """(n, 2): whether there is an image, whether there is an image and a text."""
+        return (raw_nd @ self.direction_2d.T + self.offset_2 > 0).float()
+
+    def kinds(self, raw_nd: Tensor) -> Tensor:
+        """The kind of every item, as its number in `KINDS`."""
+        return self.switches(raw_nd).sum(1).long()
+
+
+def apply_maps(
+    maps: tuple[Affine, ...], gate: Gate | None, x_nd: Tensor, raw_nd: Tensor, role: int
+) -> Tensor:
+    """`maps` in order on pooled vectors; `raw_nd`, before any patch, decides the kind."""
+    weight_kde, bias_ke = compose(maps, x_nd.shape[1], role)
+    if gate is None:
+        return x_nd @ weight_kde[0] + bias_ke[0]
+    switch_n2 = gate.switches(raw_nd)
+    out_ne = x_nd @ weight_kde[0] + bias_ke[0]
+    for k in (0, 1):  # telescoped, as the export computes it: text, then + image, then + both
+        step_ne = x_nd @ (weight_kde[k + 1] - weight_kde[k]) + bias_ke[k + 1] - bias_ke[k]
+        out_ne = out_ne + switch_n2[:, k, None] * step_ne
+    return out_ne

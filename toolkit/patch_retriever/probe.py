@@ -1,0 +1,107 @@
+"""The one door to nnsight: read activations at sites, run edits live.
+
+nnsight replaces the `forward` of every module that it wraps, for good, and is not thread-safe:
+one probe per model and process, and no wrapped model is ever exported or served. Importing it
+also changes Python's `object`, so the import happens here and only when a probe is made.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from patch_retriever.backbones.families import decoder_path
+from patch_retriever.backbones.readout import LAST
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+    from torch import Tensor, nn
+
+Edit = Callable[["Tensor"], "Tensor"]
+
+
+class Probe:
+    """nnsight around a `Transformer` and, where one is given, the `Pooling` after it.
+
+    Sites are `layers.N` (the residual stream after decoder layer N), `last_hidden_state` (what
+    the transformer gives to the pooling) and `pooled`.
+    """
+
+    def __init__(self, transformer: Transformer, pooling: nn.Module | None = None) -> None:
+        from nnsight import NNsight
+        from torch import nn
+
+        parts: OrderedDict[str, nn.Module] = OrderedDict(transformer=transformer)
+        if pooling is not None:
+            parts["pooling"] = pooling
+        self._net = NNsight(nn.Sequential(parts))
+        self._layers = f"transformer.model.{decoder_path(transformer.model)}.layers"
+
+    def read(self, features: dict[str, Any], sites: Sequence[str]) -> dict[str, Tensor]:
+        """Run one preprocessed batch and return the activations at `sites`.
+
+        The forward pass ends at the deepest site. Tensors are (n, tokens, d), or (n, d) for
+        `pooled`.
+        """
+        import nnsight
+        import torch
+
+        ordered = sorted(sites, key=_depth)
+        envoys = [(site, self._envoy(site)) for site in ordered]
+        found: dict[str, Tensor] = {}
+        with torch.no_grad(), self._net.trace(dict(features)) as tracer:
+            for site, envoy in envoys:
+                found[site] = nnsight.save(_value(envoy.output, site))
+            tracer.stop()
+        return found
+
+    def run(self, features: dict[str, Any], edits: Mapping[str, Edit]) -> dict[str, Any]:
+        """Run one preprocessed batch with `edits[site]` applied to the activations at each site.
+
+        Returns the features dictionary as the last part left it.
+        """
+        import nnsight
+        import torch
+
+        ordered = sorted(edits, key=_depth)
+        envoys = [(self._envoy(site), site, edits[site]) for site in ordered]
+        with torch.no_grad(), self._net.trace(dict(features)):
+            for envoy, site, edit in envoys:
+                envoy.output = _replaced(envoy.output, site, edit)
+            out = nnsight.save(self._net.output)
+        return out
+
+    def _envoy(self, site: str) -> Any:
+        if site == LAST:
+            return self._net.transformer
+        if site == "pooled":
+            return self._net.pooling
+        return self._net.get(f"{self._layers}.{site.removeprefix('layers.')}")
+
+
+def _depth(site: str) -> int:
+    """Sites in the order in which the forward pass reaches them."""
+    if site.startswith("layers."):
+        return int(site.removeprefix("layers."))
+    return {LAST: 10**6, "pooled": 10**6 + 1}[site]
+
+
+def _key(site: str) -> str:
+    return "sentence_embedding" if site == "pooled" else "token_embeddings"
+
+
+def _value(output: Any, site: str) -> Tensor:
+    """The activation tensor inside what a module returned."""
+    if isinstance(output, dict):
+        return output[_key(site)]
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _replaced(output: Any, site: str, edit: Edit) -> Any:
+    """What a module returned, with its activation tensor edited."""
+    if isinstance(output, dict):
+        return {**output, _key(site): edit(output[_key(site)])}
+    if isinstance(output, tuple):
+        return (edit(output[0]), *output[1:])
+    return edit(output)

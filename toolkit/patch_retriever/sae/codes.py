@@ -1,0 +1,100 @@
+"""Sparse codes: the concepts' activations of many items, one compressed row each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A sparse matrix (n items, c concepts) in compressed rows: `starts_n1`, `concepts_e`,
+    `values_e` with one entry e for every active concept of an item."""
+
+    starts_n1: Tensor
+    concepts_e: Tensor
+    values_e: Tensor
+    n_concepts: int
+
+    @classmethod
+    def from_dense(cls, codes_nc: Tensor) -> Codes:
+        """The non-zero entries of a dense matrix."""
+        counts_n = (codes_nc != 0).sum(1)
+        rows_e, concepts_e = codes_nc.nonzero(as_tuple=True)
+        starts_n1 = torch.cat([counts_n.new_zeros(1), counts_n.cumsum(0)])
+        return cls(starts_n1, concepts_e, codes_nc[rows_e, concepts_e], codes_nc.shape[1])
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple[Sequence[int], Tensor]]) -> Codes:
+        """From batches of (row numbers, dense rows), in any order of rows."""
+        parts = [cls.from_dense(codes_nc) for _, codes_nc in rows]
+        numbers = [number for batch, _ in rows for number in batch]
+        stacked = cls(
+            torch.cat(
+                [torch.zeros(1, dtype=torch.long)]
+                + [p.starts_n1[1:] + o for p, o in zip(parts, _offsets(parts), strict=True)]
+            ),
+            torch.cat([p.concepts_e for p in parts]),
+            torch.cat([p.values_e for p in parts]),
+            parts[0].n_concepts,
+        )
+        return stacked[torch.argsort(torch.tensor(numbers))]
+
+    def __len__(self) -> int:
+        return len(self.starts_n1) - 1
+
+    def __getitem__(self, rows: Tensor) -> Codes:
+        """The given rows, in the given order."""
+        counts_n = (self.starts_n1[1:] - self.starts_n1[:-1])[rows]
+        starts_n1 = torch.cat([counts_n.new_zeros(1), counts_n.cumsum(0)])
+        shift_n = self.starts_n1[:-1][rows] - starts_n1[:-1]
+        entries = torch.arange(int(starts_n1[-1])) + shift_n.repeat_interleave(counts_n)
+        return Codes(starts_n1, self.concepts_e[entries], self.values_e[entries], self.n_concepts)
+
+    @property
+    def rows_e(self) -> Tensor:
+        """The item of every entry."""
+        counts_n = self.starts_n1[1:] - self.starts_n1[:-1]
+        return torch.arange(len(self)).repeat_interleave(counts_n)
+
+    def scaled(self, scale_c: Tensor) -> Codes:
+        """Every concept's activations times its entry in `scale_c`."""
+        values_e = self.values_e * scale_c[self.concepts_e]
+        return Codes(self.starts_n1, self.concepts_e, values_e, self.n_concepts)
+
+    def sum(self) -> Tensor:
+        """Sum over items, (c,)."""
+        total_c = torch.zeros(self.n_concepts, dtype=torch.float64)
+        return total_c.index_add_(0, self.concepts_e, self.values_e.double()).float()
+
+    def mean(self) -> Tensor:
+        """Mean over items, (c,)."""
+        return self.sum() / max(len(self), 1)
+
+    def matmul(self, dictionary_cd: Tensor) -> Tensor:
+        """codes @ dictionary, (n, d), touching active entries only."""
+        return torch.nn.functional.embedding_bag(
+            self.concepts_e,
+            dictionary_cd,
+            self.starts_n1[:-1],
+            per_sample_weights=self.values_e.to(dictionary_cd.dtype),
+            mode="sum",
+        )
+
+    def dense(self) -> Tensor:
+        """As a dense matrix (n, c)."""
+        out_nc = torch.zeros(len(self), self.n_concepts)
+        out_nc[self.rows_e, self.concepts_e] = self.values_e
+        return out_nc
+
+
+def _offsets(parts: Sequence[Codes]) -> list[int]:
+    """Where each part's entries begin once all are concatenated."""
+    offsets, total = [], 0
+    for part in parts:
+        offsets.append(total)
+        total += int(part.starts_n1[-1])
+    return offsets
