@@ -4,7 +4,7 @@ The main job from Python::
 
     import patch_retriever
 
-    result = patch_retriever.build(out="my-patched-retriever")   # built-in model and world
+    result = patch_retriever.build_retriever("my-patched-retriever")   # built-in model and world
     print(result.table)
 
 and then, with sentence-transformers alone::
@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from patch_retriever.build import build as build
+    from patch_retriever.build import build_retriever as build_retriever
     from patch_retriever.config import BuildConfig as BuildConfig
     from patch_retriever.patch.artefact import Patch as Patch
     from patch_retriever.retriever import PatchedRetriever as PatchedRetriever
 
 _HOMES = {
-    "build": "patch_retriever.build",
+    "build_retriever": "patch_retriever.build",
     "BuildConfig": "patch_retriever.config",
     "Patch": "patch_retriever.patch.artefact",
     "PatchedRetriever": "patch_retriever.retriever",
 }
-__all__ = ["BuildConfig", "Patch", "PatchedRetriever", "__version__", "build"]
+__all__ = ["BuildConfig", "Patch", "PatchedRetriever", "__version__", "build_retriever"]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,15 +83,15 @@ class PatchedRetriever(SentenceTransformer):
         if subtract is not None and keep_concepts:
             keep_m = torch.isin(subtract.concepts_m, torch.tensor(sorted(keep_concepts)))
         role = QUERY if task == "query" else DOCUMENT
-        weights_nt = pooling_weights(input["attention_mask"], self[1].pooling_mode)
-        raw: dict[str, Tensor] = {}  # what the gate sees: pooled before any patch
+        weights_nt = pooling_weights(input["attention_mask"], "mean")
+        raw: dict[str, Tensor] = {}  # what the gate sees: before any patch
 
         def subtract_tokens(h_ntd: Tensor) -> Tensor:
-            raw["nd"] = pool(h_ntd, weights_nt)
+            raw["mean_nd"] = pool(h_ntd, weights_nt)
             return h_ntd if subtract is None else subtract(h_ntd, keep_m)
 
         def correct(x_nd: Tensor) -> Tensor:
-            return apply_maps(self.patch.maps, self.patch.gate, x_nd, raw["nd"], role)
+            return apply_maps(self.patch.maps, self.patch.gate, x_nd, raw["mean_nd"], role)
 
         out = self._probe.run(input, {LAST: subtract_tokens, "pooled": correct})
         return self[2](out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from patch_retriever.activations.store import StoreWriter
 from patch_retriever.backbones.inputs import TokenRoles, item_batches, pool, pooling_weights
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.features import Features
 from patch_retriever.items import Item
 from patch_retriever.probe import Probe
 from patch_retriever.sae.codes import Codes
@@ -83,19 +83,6 @@ def collect_tokens(
     writer.close()
 
 
-@dataclass(frozen=True)
-class Features:
-    """What every patch of one readout is fitted on and judged by, for the items of a split.
-
-    `pooled_nd` are unnormalised pooled vectors, `codes` the concepts' activations pooled the
-    same way, `kinds_n` the items' kinds.
-    """
-
-    pooled_nd: Tensor
-    codes: Codes
-    kinds_n: Tensor
-
-
 def collect_features(
     transformer: Transformer,
     items: Sequence[Item],
@@ -108,15 +95,16 @@ def collect_features(
     """Pooled vectors and pooled codes of `items`, streamed: no token is kept."""
     set_readout(transformer, readout)
     probe = Probe(transformer)
-    pooled_nd = torch.empty(len(items), sae.d_in)
+    pooled_nd, mean_nd = torch.empty(len(items), sae.d_in), torch.empty(len(items), sae.d_in)
     rows: list[tuple[list[int], Tensor]] = []
     n_batches = -(-len(items) // batch_size)
     for numbers, features in progress(item_batches(transformer, items, batch_size), n_batches):
         tokens_ntd = probe.read(features, [LAST])[LAST].float()
         weights_nt = pooling_weights(features["attention_mask"], readout.pooling)
         pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
+        mean_nd[numbers] = pool(tokens_ntd, pooling_weights(features["attention_mask"], "mean")).cpu()
         rows.append((numbers, _pool_codes(tokens_ntd, weights_nt, sae).cpu()))
-    return Features(pooled_nd, Codes.from_rows(rows), kinds_n)
+    return Features(pooled_nd, mean_nd, Codes.from_rows(rows), kinds_n)
 
 
 def _pool_codes(

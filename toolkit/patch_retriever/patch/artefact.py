@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from patch_retriever.errors import UserError
+from patch_retriever.features import Features
 from patch_retriever.files import write_json, write_tensors
 from patch_retriever.patch.operators import Affine, Gate, Subtract, apply_maps
-from patch_retriever.sae.codes import Codes
 
 CONFIG, TENSORS = "patch.json", "patch.safetensors"
 FORMAT = 1
@@ -44,10 +44,12 @@ class Patch:
         """Whether a map has statistics per modality, so that the gate is asked."""
         return any(step.by == "modality" for step in self.maps)
 
-    def on_pooled(self, pooled_nd: Tensor, codes: Codes, role: int) -> Tensor:
-        """Unit embeddings (n, e) of items from their raw pooled vectors and pooled codes."""
-        x_nd = pooled_nd if self.subtract is None else self.subtract.on_pooled(pooled_nd, codes)
-        out_ne = apply_maps(self.maps, self.gate, x_nd, pooled_nd, role)
+    def embed(self, features: Features, role: int) -> Tensor:
+        """Unit embeddings (n, e) of items as queries or documents, from their features."""
+        x_nd = features.pooled_nd
+        if self.subtract is not None:
+            x_nd = self.subtract.on_pooled(x_nd, features.codes)
+        out_ne = apply_maps(self.maps, self.gate, x_nd, features.mean_nd, role)
         return torch.nn.functional.normalize(out_ne, dim=1)
 
     def save(self, folder: Path) -> None:

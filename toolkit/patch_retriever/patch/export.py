@@ -14,6 +14,7 @@ with a steep b the sigmoid is exactly 0 or 1 in floating point.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,23 +54,41 @@ def token_modules(subtract: Subtract, keep_raw: bool) -> list[Dense]:
     return [first, _dense(second, None, nn.Identity(), _TOKENS)]
 
 
-def pooled_modules(patch: Patch, d: int, role: int) -> list[Dense]:
-    """`Dense` modules on `sentence_embedding`: the patch's maps for one role.
+@dataclass(frozen=True)
+class _Layout:
+    """Where in a pooled vector of `width` the patched vector and what the gate sees begin."""
 
-    Where the patch subtracts and has a gate, their input is [patched; raw].
-    """
+    width: int
+    value_at: int
+    gate_at: int
+    pooling: str | tuple[str, ...]
+
+    @classmethod
+    def of(cls, patch: Patch, d: int, pooling: str) -> _Layout:
+        """Tokens are [patched; raw] where a gate has to see raw ones; a last-token readout with a
+        gate pools the mean beside the last token (`Pooling` puts it first)."""
+        raw_at = d if patch.subtract is not None and patch.gated else 0
+        tokens = d + raw_at
+        if patch.gated and pooling == "lasttoken":
+            return cls(2 * tokens, tokens, raw_at, ("mean", "lasttoken"))
+        return cls(tokens, 0, raw_at, pooling)
+
+    def place(self, weight_ed: Tensor, at: int) -> Tensor:
+        """A weight on the d entries from `at`, as a weight on the whole pooled vector."""
+        return nn.functional.pad(weight_ed, (at, self.width - at - weight_ed.shape[1]))
+
+
+def pooled_modules(patch: Patch, d: int, role: int, layout: _Layout) -> list[Dense]:
+    """`Dense` modules on `sentence_embedding`: the patch's maps for one role."""
     weight_kde, bias_ke = compose(patch.maps, d, role)
     same = all(torch.equal(weight_kde[k], weight_kde[0]) and torch.equal(bias_ke[k], bias_ke[0]) for k in (1, 2))
-    two_halves = patch.subtract is not None and patch.gated
     if patch.gate is None or same:
-        weight_ed = weight_kde[0].T
-        if two_halves:
-            weight_ed = torch.cat([weight_ed, torch.zeros_like(weight_ed)], dim=1)
+        weight_ed = layout.place(weight_kde[0].T, layout.value_at)
         return [_dense(weight_ed, bias_ke[0], nn.Identity(), _POOLED)]
-    return _switched(weight_kde, bias_ke, patch.gate, two_halves)
+    return _switched(weight_kde, bias_ke, patch.gate, layout)
 
 
-def _switched(weight_kde: Tensor, bias_ke: Tensor, gate: Gate, two_halves: bool) -> list[Dense]:
+def _switched(weight_kde: Tensor, bias_ke: Tensor, gate: Gate, layout: _Layout) -> list[Dense]:
     """text map + [image] (image - text) + [both] (both - image), as two `Dense` modules."""
     _, d, e = weight_kde.shape
     steps_ed = torch.cat(
@@ -82,12 +101,10 @@ def _switched(weight_kde: Tensor, bias_ke: Tensor, gate: Gate, two_halves: bool)
     switch_bias = torch.cat(
         [torch.full((e,), _OPEN), *((_STEEP * gate.offset_2[k]).expand(e) for k in (0, 1))]
     )
-    if two_halves:
-        steps_ed = torch.cat([steps_ed, torch.zeros_like(steps_ed)], dim=1)
-        switch_ed = torch.cat([torch.zeros_like(switch_ed), switch_ed], dim=1)
-    first = _dense(
-        torch.cat([steps_ed, switch_ed]), torch.cat([steps_bias, switch_bias]), nn.GLU(), _POOLED
+    weight = torch.cat(
+        [layout.place(steps_ed, layout.value_at), layout.place(switch_ed, layout.gate_at)]
     )
+    first = _dense(weight, torch.cat([steps_bias, switch_bias]), nn.GLU(), _POOLED)
     return [first, _dense(torch.eye(e).repeat(1, 3), None, nn.Identity(), _POOLED)]
 
 
@@ -111,23 +128,23 @@ def _dense(weight_ed: Tensor, bias_e: Tensor | None, activation: nn.Module, feat
 
 def export_modules(patch: Patch, d: int, pooling: str) -> list[nn.Module]:
     """Everything after the `Transformer`: token modules, `Pooling`, maps, `Normalize`."""
-    from sentence_transformers.base.modules import Normalize
-    from sentence_transformers.base.modules import Router
+    from sentence_transformers.base.modules import Normalize, Router
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     modules: list[nn.Module] = []
+    layout = _Layout.of(patch, d, pooling)
     width = d
     if patch.subtract is not None:
         modules += token_modules(patch.subtract, keep_raw=patch.gated)
         width = 2 * d if patch.gated else d
-    modules.append(Pooling(width, pooling))
+    modules.append(Pooling(width, layout.pooling))
     if any(step.by == "role" for step in patch.maps):
         branches = {
-            "query": pooled_modules(patch, d, QUERY),
-            "document": pooled_modules(patch, d, DOCUMENT),
+            "query": pooled_modules(patch, d, QUERY, layout),
+            "document": pooled_modules(patch, d, DOCUMENT, layout),
         }
         modules.append(Router(branches, default_route="document"))
     elif patch.maps:
-        modules += pooled_modules(patch, d, DOCUMENT)
+        modules += pooled_modules(patch, d, DOCUMENT, layout)
     modules.append(Normalize())
     return modules

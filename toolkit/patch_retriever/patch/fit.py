@@ -144,7 +144,7 @@ def _centred_pairs(x_nd: Tensor, pairs_n2: Tensor) -> tuple[Tensor, Tensor]:
     return a_nd - a_nd.mean(0), b_nd - b_nd.mean(0)
 
 
-def fit_gate(pooled_nd: Tensor, kinds_n: Tensor) -> Gate | None:
+def fit_gate(mean_nd: Tensor, kinds_n: Tensor) -> Gate | None:
     """The two hyperplanes between kinds (linear support vector machines), or None.
 
     None where some calibration item lies on the wrong side: statistics per modality cannot be
@@ -152,7 +152,7 @@ def fit_gate(pooled_nd: Tensor, kinds_n: Tensor) -> Gate | None:
     """
     from sklearn.svm import LinearSVC
 
-    x_nd = pooled_nd.double()
+    x_nd = mean_nd.double()
     mean_d = x_nd.mean(0)
     scale = (x_nd - mean_d).pow(2).mean().sqrt().clamp(min=1e-30)
     z = ((x_nd - mean_d) / scale).numpy()

@@ -33,21 +33,21 @@ def learn_gains(
 
     The embedding of item n is base_n - ((1 - g) * codes_n) D, where `base_nd` are centred pooled
     vectors and `codes_nc` centred codes. Each element of `pairs` is (n, 2), (query, document)
-    items of one direction; every step draws one batch from each. Symmetric InfoNCE.
+    items of one direction; steps take the directions in turn. Symmetric InfoNCE.
     """
     generator = torch.Generator().manual_seed(seed)
     logits_c = torch.full((codes_nc.shape[1],), 2.0, requires_grad=True)  # gains start at 0.88
     optimiser = torch.optim.Adam([logits_c], settings.lr)
-    for _ in range(settings.steps):
-        loss = torch.zeros(())
-        removed_cd = (1 - torch.sigmoid(logits_c))[:, None] * dictionary_cd
-        for pairs_n2 in pairs:
-            picks = torch.randperm(len(pairs_n2), generator=generator)[: settings.batch_size]
-            items_m, places = pairs_n2[picks].unique(return_inverse=True)
-            e_md = base_nd[items_m] - codes_nc[items_m] @ removed_cd
-            e_md = torch.nn.functional.normalize(e_md, dim=1)
-            loss = loss + _info_nce(e_md[places[:, 0]], e_md[places[:, 1]], places, settings.temperature)
-        loss = loss / len(pairs) + settings.sparsity * (1 - torch.sigmoid(logits_c)).mean()
+    for step in range(settings.steps):
+        pairs_n2 = pairs[step % len(pairs)]
+        picks = torch.randperm(len(pairs_n2), generator=generator)[: settings.batch_size]
+        items_m, places_n2 = pairs_n2[picks].unique(return_inverse=True)
+        removed_c = 1 - torch.sigmoid(logits_c)
+        e_md = base_nd[items_m] - (codes_nc[items_m] * removed_c) @ dictionary_cd
+        e_md = torch.nn.functional.normalize(e_md, dim=1)
+        q_nd, d_nd = e_md[places_n2[:, 0]], e_md[places_n2[:, 1]]
+        loss = _info_nce(q_nd, d_nd, places_n2, settings.temperature)
+        loss = loss + settings.sparsity * removed_c.mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

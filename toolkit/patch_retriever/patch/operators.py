@@ -106,9 +106,10 @@ def compose(maps: tuple[Affine, ...], d: int, role: int) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Gate:
-    """Tells text, image and both apart from the raw pooled vector, by two hyperplanes.
+    """Tells text, image and both apart by two hyperplanes, from the mean of the raw tokens.
 
-    `direction_2d` and `offset_2`: the first is positive for everything with an image, the second
+    The mean is asked whatever the readout's pooling: a last token after a "one word" prompt is
+    (and should be) alike for a picture and its caption. `direction_2d` and `offset_2`: the first is positive for everything with an image, the second
     for items with image and text. `margin` is the smallest distance of a calibration item from
     its hyperplane, in units of the items' spread along it.
     """
@@ -117,23 +118,23 @@ class Gate:
     offset_2: Tensor
     margin: float
 
-    def switches(self, raw_nd: Tensor) -> Tensor:
+    def switches(self, mean_nd: Tensor) -> Tensor:
         """(n, 2): whether there is an image, whether there is an image and a text."""
-        return (raw_nd @ self.direction_2d.T + self.offset_2 > 0).float()
+        return (mean_nd @ self.direction_2d.T + self.offset_2 > 0).float()
 
-    def kinds(self, raw_nd: Tensor) -> Tensor:
+    def kinds(self, mean_nd: Tensor) -> Tensor:
         """The kind of every item, as its number in `KINDS`."""
-        return self.switches(raw_nd).sum(1).long()
+        return self.switches(mean_nd).sum(1).long()
 
 
 def apply_maps(
-    maps: tuple[Affine, ...], gate: Gate | None, x_nd: Tensor, raw_nd: Tensor, role: int
+    maps: tuple[Affine, ...], gate: Gate | None, x_nd: Tensor, mean_nd: Tensor, role: int
 ) -> Tensor:
-    """`maps` in order on pooled vectors; `raw_nd`, before any patch, decides the kind."""
+    """`maps` in order on pooled vectors; `mean_nd`, the raw tokens' means, decide the kind."""
     weight_kde, bias_ke = compose(maps, x_nd.shape[1], role)
     if gate is None:
         return x_nd @ weight_kde[0] + bias_ke[0]
-    switch_n2 = gate.switches(raw_nd)
+    switch_n2 = gate.switches(mean_nd)
     out_ne = x_nd @ weight_kde[0] + bias_ke[0]
     for k in (0, 1):  # telescoped, as the export computes it: text, then + image, then + both
         step_ne = x_nd @ (weight_kde[k + 1] - weight_kde[k]) + bias_ke[k + 1] - bias_ke[k]

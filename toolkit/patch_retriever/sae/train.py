@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class SAESettings:
     """How an SAE is trained."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # an unknown key in a config file is an error
+
     expansion: int = 8
     """Concepts per dimension of the activations."""
     k: int = 24

@@ -1,0 +1,72 @@
+"""The settings of a build: a YAML file, the command line over it, written out resolved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from patch_retriever.errors import UserError
+from patch_retriever.sae.train import SAESettings
+
+
+class ScenesSettings(BaseModel):
+    """How many scenes are asked about in each split (galleries are three times as large)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    calibration: int = Field(350, ge=20)
+    validation: int = Field(200, ge=20)
+    test: int = Field(500, ge=20)
+
+
+class BuildConfig(BaseModel):
+    """Everything that decides what a build gives."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "tiny-mllm"
+    """A folder, a hub id, or tiny-mllm (built in)."""
+    pairs: str = "scenes"
+    """A pairs file, a folder of pictures with texts, or scenes (built in)."""
+    preset: Literal["auto", "paper"] = "auto"
+    """auto tries readouts on validation; paper pins the paper's."""
+    seed: int = Field(0, ge=0)
+    skip_bad: bool = False
+    """Leave bad rows and pictures out instead of stopping."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    batch_size: int = Field(64, ge=1)
+    scenes: ScenesSettings = ScenesSettings()  # type: ignore[call-arg]
+    sae: SAESettings = SAESettings()
+
+    @classmethod
+    def read(cls, path: Path | None, **overrides: Any) -> BuildConfig:
+        """Settings from a YAML file (or none), `overrides` that are not None over it.
+
+        Raises:
+            UserError: the file is missing, is not YAML, or has an unknown key or a wrong value.
+        """
+        import yaml
+
+        values: Any = {}
+        if path is not None:
+            try:
+                values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+            if not isinstance(values, dict):
+                raise UserError(f"{path}: settings expected (key: value), found {type(values).__name__}")
+        values = {**values, **{k: v for k, v in overrides.items() if v is not None}}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            known = ", ".join(cls.model_fields)
+            if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                raise UserError(f"{path or 'settings'}: unknown key {key!r}; known keys: {known}") from None
+            raise UserError(f"{path or 'settings'}: {key}: {problem['msg']}") from None

@@ -1,0 +1,98 @@
+"""Where a build's items come from: the built-in world, or a user's own pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.items import PictureFile
+from patch_retriever.retrieval.pairs import (
+    Pair,
+    pairs_collection,
+    read_pairs,
+    split_pairs,
+    texts_are_shared,
+)
+from patch_retriever.retrieval.tasks import Collection
+
+SCENES = "scenes"
+SPLITS = ("calibration", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three splits, and a sentence or two about them for the card."""
+
+    splits: dict[str, Collection]
+    about: str
+    warning: str = ""
+
+
+def scenes_data(sizes: dict[str, int], seed: int) -> Data:
+    """The built-in world; a scene's split is a hash of its content."""
+    from patch_retriever.scenes.tasks import scenes_collection
+
+    splits = {split: scenes_collection(split, sizes[split], seed) for split in SPLITS}
+    about = (
+        f"the built-in procedural world, seed {seed}: "
+        + ", ".join(f"{sizes[s]} scenes asked about in {s}" for s in SPLITS)
+        + f"; galleries of {3 * sizes['test']} items on test, near misses among them."
+    )
+    return Data(splits, about)
+
+
+def fingerprint(source: Path) -> str:
+    """Changes when the pairs file, the folder's listing or any file beside it changes."""
+    root = source if source.is_dir() else source.parent
+    listing = sorted(
+        (str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns)
+        for p in root.rglob("*")
+        if p.is_file()
+    )
+    return value_hash([listing, "" if source.is_dir() else file_hash(source)])
+
+
+def prepare_pairs(
+    source: Path, folder: Path, seed: int, skip_bad: bool, progress: Callable[..., Any]
+) -> None:
+    """Read, check and split a user's pairs once; `folder/splits.json` is what later runs read."""
+    read = read_pairs(source, skip_bad, progress)
+    splits = {
+        split: [[str(p.picture.path.resolve()), p.text, p.content] for p in pairs]
+        for split, pairs in split_pairs(read.pairs, seed).items()
+    }
+    values = {
+        "splits": splits,
+        "skipped": list(read.skipped),
+        "texts_are_shared": texts_are_shared(read.pairs),
+    }
+    write_json(folder / "splits.json", values)
+
+
+def pairs_data(folder: Path, built_in_model: bool) -> Data:
+    """What `prepare_pairs` wrote, as collections."""
+    values = json.loads((folder / "splits.json").read_text())
+    splits = {
+        split: pairs_collection(split, [Pair(PictureFile(Path(p)), text, c) for p, text, c in rows])
+        for split, rows in values["splits"].items()
+    }
+    sizes = ", ".join(f"{len(values['splits'][s])} in {s}" for s in SPLITS)
+    about = f"{sum(map(len, values['splits'].values()))} pairs of the user's: {sizes}, disjoint by picture"
+    if values["skipped"]:
+        about += f"; {len(values['skipped'])} bad ones left out"
+    if values["texts_are_shared"]:
+        about += (
+            "; most texts belong to several pictures and so occur in every split, every picture "
+            "with a query's text counts as relevant"
+        )
+    warning = ""
+    if built_in_model:
+        warning = (
+            "The built-in model has only ever seen drawn shapes. These numbers show that the "
+            "pipeline runs on such data, not what a real MLLM would reach."
+        )
+    return Data(splits, about + ".", warning)

@@ -1,0 +1,42 @@
+"""Features: what every patch of one readout is fitted on and judged by, for the items of a split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from patch_retriever.files import write_tensors
+from patch_retriever.sae.codes import Codes
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unnormalised pooled vectors, the concepts' codes pooled the same way, and kinds of items.
+
+    `mean_nd` are the raw tokens' means whatever the readout's pooling: the gate looks at them.
+    Since pooling is linear in the tokens, every patch that subtracts concepts can be evaluated
+    from these alone, without another forward pass.
+    """
+
+    pooled_nd: Tensor
+    mean_nd: Tensor
+    codes: Codes
+    kinds_n: Tensor
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        tensors = {"pooled_nd": self.pooled_nd, "mean_nd": self.mean_nd, "kinds_n": self.kinds_n}
+        codes = {k: getattr(self.codes, k) for k in ("starts_n1", "concepts_e", "values_e")}
+        n_concepts = self.codes.starts_n1.new_tensor([self.codes.n_concepts])
+        write_tensors(path, {**tensors, **codes, "n_concepts": n_concepts})
+
+    @classmethod
+    def load(cls, path: Path) -> Features:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        t = load_file(path)
+        codes = Codes(t["starts_n1"], t["concepts_e"], t["values_e"], int(t["n_concepts"]))
+        return cls(t["pooled_nd"], t["mean_nd"], codes, t["kinds_n"])

@@ -1,0 +1,102 @@
+"""Golden inputs: the proof, in a fresh process, that an exported folder equals the live model.
+
+`golden/` inside an export holds a few pictures and texts, the live model's embeddings of them,
+and a script that anyone can run where only sentence-transformers is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import write_json, write_tensors, write_text
+from patch_retriever.items import Item
+
+if TYPE_CHECKING:
+    from patch_retriever.retriever import PatchedRetriever
+
+TOLERANCE = 1e-5
+FOLDER = "golden"
+
+CHECK = '''\
+"""Check this model on this machine: python check.py (needs sentence-transformers alone)."""
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+here = Path(__file__).parent
+inputs = json.loads((here / "inputs.json").read_text(encoding="utf-8"))
+expected = load_file(here / "embeddings.safetensors")
+model = SentenceTransformer(str(here.parent), device="cpu")
+
+
+def load(item):
+    picture = Image.open(here / item["image"]) if "image" in item else None
+    if picture is None:
+        return item["text"]
+    return {"text": item["text"], "image": picture} if "text" in item else picture
+
+
+items = [load(item) for item in inputs]
+found = {
+    "document": model.encode_document(items, convert_to_tensor=True),  # a mixed batch
+    "query": model.encode_query(items, convert_to_tensor=True),
+    "one_by_one": torch.stack([model.encode(item, convert_to_tensor=True) for item in items]),
+}
+expected["one_by_one"] = expected["document"]
+largest = max(float((found[k].float() - expected[k]).abs().max()) for k in found)
+print(json.dumps({"max_abs_diff": largest, "items": len(items)}))
+sys.exit(0 if largest <= TOLERANCE else 1)
+'''.replace("TOLERANCE", repr(TOLERANCE))
+
+
+def write_golden(folder: Path, retriever: PatchedRetriever, items: Sequence[Item]) -> None:
+    """Write `golden/` into an export: inputs, the live model's embeddings, the script."""
+    golden = folder / FOLDER
+    golden.mkdir(parents=True, exist_ok=True)
+    inputs = []
+    for i, item in enumerate(items):
+        entry = {} if item.text is None else {"text": item.text}
+        if item.picture is not None:
+            entry["image"] = f"{i}.png"
+            item.picture.open().save(golden / entry["image"])
+        inputs.append(entry)
+    write_json(golden / "inputs.json", inputs)
+    loaded = [item.load() for item in items]
+    embeddings = {
+        "query": retriever.encode_query(loaded, convert_to_tensor=True),
+        "document": retriever.encode_document(loaded, convert_to_tensor=True),
+    }
+    write_tensors(golden / "embeddings.safetensors", embeddings)
+    write_text(golden / "check.py", CHECK)
+
+
+def check_golden(folder: Path) -> float:
+    """Run the export's script in a fresh process; returns the largest absolute difference.
+
+    Raises:
+        UserError: the export does not load, or differs from the live model by more than 1e-5.
+    """
+    script = folder / FOLDER / "check.py"
+    done = subprocess.run([sys.executable, "-I", str(script)], capture_output=True, text=True)
+    try:
+        largest = float(json.loads(done.stdout.strip().splitlines()[-1])["max_abs_diff"])
+    except (IndexError, ValueError, KeyError):
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{folder}: the exported model does not load ({reason})") from None
+    if not largest <= TOLERANCE:
+        raise UserError(
+            f"{folder}: the exported model differs from the live one by {largest:.2g} "
+            f"(more than {TOLERANCE:g}) on its golden inputs"
+        )
+    return largest

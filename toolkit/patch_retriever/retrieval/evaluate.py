@@ -1,0 +1,106 @@
+"""Patches judged on the tasks of a split, and compared query by query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patch_retriever.features import Features
+from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
+from patch_retriever.retrieval.metrics import hits, ranks
+from patch_retriever.retrieval.tasks import Collection
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Hits of one method on every task: `hits_by_task[task]` is (q, 3), for R@1, 5, 10.
+
+    Controls that are drawn at random hold the mean over their draws.
+    """
+
+    hits_by_task: dict[str, NDArray[np.float64]]
+
+    @property
+    def score(self) -> float:
+        """What choices are made by: the mean of R@1, R@5 and R@10 over all tasks."""
+        return float(np.mean([h.mean() for h in self.hits_by_task.values()]))
+
+    def recalls(self, task: str) -> tuple[float, float, float]:
+        """R@1, R@5, R@10 of a task."""
+        r1, r5, r10 = self.hits_by_task[task].mean(0)
+        return float(r1), float(r5), float(r10)
+
+
+def evaluate(patches: Sequence[Patch], features: Features, collection: Collection) -> Outcome:
+    """Mean outcome of `patches` (several only for random controls) on a collection's tasks."""
+    total: dict[str, NDArray[np.float64]] = {}
+    for patch in patches:
+        sides = [
+            patch.embed(features, role).numpy()
+            for role in (QUERY, DOCUMENT)
+        ]
+        for name, found in evaluate_embeddings(sides[0], sides[1], collection).hits_by_task.items():
+            total[name] = total.get(name, 0) + found / len(patches)
+    return Outcome(total)
+
+
+def evaluate_embeddings(
+    as_query_nd: NDArray[np.float32], as_document_nd: NDArray[np.float32], collection: Collection
+) -> Outcome:
+    """Outcome of embeddings of all of a collection's items, as queries and as documents."""
+    return Outcome(
+        {
+            task.name: hits(
+                ranks(as_query_nd[list(task.queries)], as_document_nd[list(task.documents)], task.relevant)
+            )
+            for task in collection.tasks
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with the bounds of its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+class PairedBootstrap:
+    """Paired bootstrap over queries: every comparison resamples the same queries.
+
+    Queries are drawn with replacement inside each task (1,000 times); an average over tasks
+    weighs tasks equally.
+    """
+
+    def __init__(self, queries_by_task: dict[str, int], seed: int, draws: int = 1000) -> None:
+        rng = np.random.default_rng(seed)
+        self._weights = {
+            name: rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
+            for name, n in queries_by_task.items()
+        }
+
+    def task(self, a: Outcome, b: Outcome, task: str, cutoff: int = 0) -> Difference:
+        """a - b in R@`CUTOFFS[cutoff]` of one task."""
+        delta_q = (a.hits_by_task[task] - b.hits_by_task[task])[:, cutoff]
+        return _difference(float(delta_q.mean()), self._weights[task] @ delta_q)
+
+    def average(self, a: Outcome, b: Outcome) -> Difference:
+        """a - b in the score (mean of R@1, 5, 10 over tasks)."""
+        deltas = {t: (a.hits_by_task[t] - b.hits_by_task[t]).mean(1) for t in self._weights}
+        draws = np.mean([self._weights[t] @ deltas[t] for t in deltas], axis=0)
+        return _difference(float(np.mean([d.mean() for d in deltas.values()])), draws)
+
+
+def _difference(mean: float, draws: NDArray[np.float64]) -> Difference:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Difference(mean, float(low), float(high))

@@ -1,0 +1,26 @@
+"""Hard negatives: the wrong documents that look most like the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patch_retriever.retrieval.metrics import search
+from patch_retriever.retrieval.tasks import Task
+
+
+def hard_negatives(embeddings_nd: Tensor, tasks: Iterable[Task], per_query: int = 5) -> Tensor:
+    """(query item, wrong document item), the `per_query` most similar ones of each query, (n, 2)."""
+    unit = torch.nn.functional.normalize(embeddings_nd, dim=1).numpy()
+    found: list[tuple[int, int]] = []
+    for task in tasks:
+        most = max(len(r) for r in task.relevant)
+        k = min(len(task.documents), per_query + most)
+        _, near_qk = search(unit[list(task.queries)], unit[list(task.documents)], k)
+        for query, near_k, relevant in zip(task.queries, near_qk, task.relevant, strict=True):
+            wrong = near_k[~np.isin(near_k, relevant)][:per_query]
+            found += [(query, task.documents[int(w)]) for w in wrong]
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 2)

@@ -1,0 +1,117 @@
+"""The run folder: finished stages with hashed results, so that a stopped build goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import file_hash, value_hash, write_json
+
+MARKER = "patch-retriever.json"
+"""The file that says that a folder was made by `build`; it holds the resolved settings."""
+_DONE = "done.json"
+_FORMAT = 1
+"""Raised when a stage's files change meaning, so that old results are built again."""
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `build` made this folder."""
+    return (folder / MARKER).is_file()
+
+
+def check_out(folder: Path) -> None:
+    """Refuse to write into a folder that holds something else.
+
+    Raises:
+        UserError: `folder` is a file, or a non-empty folder that `build` did not make.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file; name a folder to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+        raise UserError(f"{folder}: not empty and not made by patch-retriever; name another folder")
+
+
+class Run:
+    """Stages of one build under `folder`, one build at a time.
+
+    A stage is done when its `done.json` is there, was written for the same inputs, and every file
+    it lists still has its hash. Anything else is built again; a damaged file is named.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self._say = say
+        self._keys: dict[str, str] = {}
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Run:
+        """Take the folder's lock.
+
+        Raises:
+            UserError: another build holds it, or the folder cannot be made.
+        """
+        import fcntl
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(
+                f"{self.folder.parent}: another build is writing here; wait for it or name another folder"
+            ) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def stage(
+        self, name: str, work: Callable[[Path], None], after: tuple[str, ...] = (), **inputs: Any
+    ) -> Path:
+        """The folder of a finished stage; `work(folder)` runs if it is not finished yet.
+
+        Its inputs are `inputs` (JSON values) and the stages named in `after`.
+        """
+        key = value_hash([_FORMAT, name, inputs, [self._keys[stage] for stage in after]])
+        self._keys[name] = key
+        folder = self.folder / name
+        if self._is_done(folder, key):
+            self._say(f"{name}: done before")
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        self._say(f"{name}")
+        work(folder)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        hashes = {str(p.relative_to(folder)): file_hash(p) for p in files}
+        write_json(folder / _DONE, {"key": key, "files": hashes})
+        return folder
+
+    def _is_done(self, folder: Path, key: str) -> bool:
+        try:
+            done = json.loads((folder / _DONE).read_text())
+        except (OSError, ValueError):
+            return False
+        if done.get("key") != key:
+            return False
+        for name, sha256 in done["files"].items():
+            path = folder / name
+            if not path.is_file() or file_hash(path) != sha256:
+                self._say(f"{path}: damaged or missing; its stage is built again")
+                return False
+        return True
