@@ -1,0 +1,100 @@
+"""Fixtures: small models that are made here, small collections, one small finished build."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import pytest
+import torch
+
+SMALL_SCENES = {"calibration": 24, "validation": 20, "test": 24}
+SMALL_SAE = {"expansion": 4, "k": 8, "steps": 40, "batch_size": 256}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors are slower on many threads, and results do not depend on the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LLaVA of random weights: width 32, two decoder layers."""
+    import random
+
+    from tiny_mllm.architecture import make_processor
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    from patch_retriever.scenes.world import sample_scene
+
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    processor = make_processor([sample_scene(rng, "train") for _ in range(300)], seed=0)
+    ids = processor.tokenizer.convert_tokens_to_ids
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=72,
+            patch_size=12,
+            vision_use_head=False,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=len(processor.tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        ),
+        image_token_index=ids("<image>"),
+        image_seq_length=36,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    folder = tmp_path_factory.mktemp("random-llava")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_build(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small build of the random model on the built-in world."""
+    from patch_retriever import build_retriever
+
+    out = tmp_path_factory.mktemp("build") / "out"
+    build_retriever(out, model=str(random_model), scenes=SMALL_SCENES, sae=SMALL_SAE)
+    return out
+
+
+@pytest.fixture
+def photo_folder(tmp_path: Path) -> Path:
+    """Sixty small pictures with texts in `pairs.jsonl`, as a user would have them."""
+    import json
+
+    from PIL import Image
+
+    rows = []
+    for i in range(60):
+        picture = Image.new("RGB", (40 + i % 7, 30 + i % 5), (4 * i, 255 - 4 * i, 90))
+        picture.putpixel((i % 30, 3), (255, 255, 255))
+        picture.save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "text": f"a field of colour number {i}"})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path

@@ -1,0 +1,50 @@
+"""The command line: `patch-retriever build | evaluate | encode | info | doctor`."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import click
+
+from patch_retriever import __version__
+from patch_retriever.cli.build import build
+from patch_retriever.cli.doctor import doctor
+from patch_retriever.cli.encode import encode
+from patch_retriever.cli.evaluate import evaluate
+from patch_retriever.cli.info import info
+from patch_retriever.errors import UserError
+
+
+class _OneLineErrors(click.Group):
+    """What a user can mend is one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = error.filename or "the disk"
+            click.echo(f"Error: {where}: no space left; free some and run the same again", err=True)
+        ctx.exit(2)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="patch-retriever")
+def main() -> None:
+    """Turn a multimodal LLM into a good retriever by patching it.
+
+    \b
+    patch-retriever build -o demo                     the built-in model and world
+    patch-retriever build Qwen/Qwen2-VL-2B-Instruct --pairs photos.jsonl -o my-retriever
+    patch-retriever info my-retriever                 what was done, and the table
+    patch-retriever evaluate my-retriever other/model side by side on held-out tasks
+    """
+
+
+for command in (build, evaluate, encode, info, doctor):
+    main.add_command(command)

@@ -1,0 +1,120 @@
+"""`patch-retriever build`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--pairs", metavar="FILE|FOLDER|scenes", help="Pictures with texts. [default: scenes, the built-in world]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="Settings in YAML.")
+@click.option("--preset", type=click.Choice(["auto", "paper"]), help="auto tries readouts on validation, paper pins the paper's. [default: auto]")
+@click.option("--seed", type=click.IntRange(0), help="Seed of everything random. [default: 0]")
+@click.option("--device", help="torch device. [default: cpu]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="What the model runs in. [default: float32]")
+@click.option("--batch-size", type=click.IntRange(1), help="Items per forward pass. [default: 64]")
+@click.option("--skip-bad", is_flag=True, default=None, help="Leave bad rows and pictures out, and count them.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def build(
+    model: str | None,
+    pairs: str | None,
+    out: Path,
+    config_file: Path | None,
+    preset: str | None,
+    seed: int | None,
+    device: str | None,
+    dtype: str | None,
+    batch_size: int | None,
+    skip_bad: bool | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Patch MODEL (a folder, a hub id; default: the built-in tiny-mllm) and export it to OUT.
+
+    OUT is then a sentence-transformers model: SentenceTransformer("OUT") loads it, without this
+    package. It also holds the patch, the table of all methods on test, and a card. A second run
+    does only what is missing.
+
+    \b
+    patch-retriever build -o demo
+    patch-retriever build --pairs photos/ -o mine
+    patch-retriever build org/model --pairs pairs.jsonl --preset paper -o mine
+    patch-retriever build --config settings.yaml --seed 1 -o mine
+
+    PAIRS is a JSON-lines file of {"image": "path.jpg", "text": "what it shows"}, or a folder with
+    such a pairs.jsonl, or pictures with .txt files of the same name; 50 pairs at least.
+    """
+    from patch_retriever.config import BuildConfig
+    from patch_retriever.runs import check_out
+
+    config = BuildConfig.read(
+        config_file,
+        model=model,
+        pairs=pairs,
+        preset=preset,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        skip_bad=skip_bad,
+    )
+    if dry_run:
+        check_out(out)
+        click.echo(json.dumps(plan(out, config), indent=1) if as_json else plan_text(out, config))
+        return
+    from patch_retriever.build import build_retriever
+    from patch_retriever.cli.progress import Narrator, quiet_libraries
+
+    quiet_libraries()
+    narrator = Narrator(silent=as_json)
+    result = build_retriever(out, config, narrator.say, narrator.progress)
+    if as_json:
+        click.echo(json.dumps({"folder": str(result.folder), **result.report}, indent=1))
+        return
+    narrator.say("done")
+    click.echo(result.table)
+    click.echo(f'\nSentenceTransformer("{result.folder}") loads it; the card is {result.folder / "README.md"}')
+
+
+def plan(out: Path, config) -> dict:  # type: ignore[no-untyped-def]
+    """What a build would do, as JSON values."""
+    from patch_retriever.backbones.load import BUILT_IN, built_in_model
+    from patch_retriever.data import SCENES
+    from patch_retriever.retrieval.pairs import read_pairs
+    from patch_retriever.runs import is_ours
+
+    folder = built_in_model() if config.model == BUILT_IN else Path(config.model)
+    pairs = None
+    if config.pairs != SCENES:
+        read = read_pairs(Path(config.pairs), config.skip_bad)
+        pairs = {"usable": len(read.pairs), "left out": list(read.skipped)}
+    finished = [p.parent.name for p in sorted((out / "run").glob("*/done.json"))]
+    return {
+        "out": str(out),
+        "exists": is_ours(out),
+        "finished stages": finished,
+        "model": str(folder),
+        "model found": (folder / "config.json").is_file(),
+        "pairs": pairs,
+        "settings": config.model_dump(),
+    }
+
+
+def plan_text(out: Path, config) -> str:  # type: ignore[no-untyped-def]
+    """The plan for a terminal."""
+    values = plan(out, config)
+    lines = [f"would build {values['model']} into {out}"]
+    if not values["model found"]:
+        lines.append("  the model is not on this machine: it would be looked up on the hub")
+    if values["pairs"]:
+        lines.append(f"  {values['pairs']['usable']} usable pairs, {len(values['pairs']['left out'])} left out")
+        lines += [f"    {line}" for line in values["pairs"]["left out"]]
+    lines.append(f"  stages finished there: {', '.join(values['finished stages']) or 'none'}")
+    lines += [f"  {key}: {value}" for key, value in values["settings"].items()]
+    return "\n".join(lines)

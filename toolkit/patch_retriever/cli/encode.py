@@ -1,0 +1,34 @@
+"""`patch-retriever encode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.argument("items", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The .npy file to write, float32, one row an item.")
+@click.option("--as", "role", type=click.Choice(["query", "document"]), default="document", show_default=True, help="As queries or as documents.")
+@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--batch-size", default=64, show_default=True, help="Items per forward pass.")
+def encode(model: str, items: Path, out: Path, role: str, device: str, batch_size: int) -> None:
+    """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
+
+    ITEMS is a JSON-lines file; a line holds "text", "image" (a path, relative to the file) or both.
+
+    \b
+    patch-retriever encode demo gallery.jsonl -o gallery.npy
+    patch-retriever encode demo questions.jsonl --as query -o questions.npy
+    """
+    from patch_retriever.cli.progress import Narrator, quiet_libraries
+    from patch_retriever.retrieval.compare import load_model
+    from patch_retriever.retrieval.encode import encode_file, read_items
+
+    quiet_libraries()
+    rows = read_items(items)
+    loaded = load_model(model, device)
+    shape = encode_file(loaded, rows, out, role, batch_size, Narrator().progress)
+    click.echo(f"{out}: {shape[0]} embeddings of {shape[1]} dimensions")

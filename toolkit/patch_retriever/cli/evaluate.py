@@ -1,0 +1,58 @@
+"""`patch-retriever evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--pairs", default="scenes", show_default=True, metavar="FILE|FOLDER|scenes", help="What to evaluate on; of pairs, the test split.")
+@click.option("--task", "wanted", multiple=True, help="Only this task or direction (t->i, 't->i short', ...); may be given again.")
+@click.option("--n", default=500, show_default=True, help="Scenes asked about (scenes only).")
+@click.option("--seed", default=0, show_default=True, help="Seed of the tasks and the bootstrap.")
+@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--batch-size", default=64, show_default=True, help="Items per forward pass.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def evaluate(
+    models: tuple[str, ...],
+    pairs: str,
+    wanted: tuple[str, ...],
+    n: int,
+    seed: int,
+    device: str,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Evaluate sentence-transformers MODELs (folders or hub ids) side by side on test tasks.
+
+    R@1/5/10 of every task, and for every model after the first the paired difference to the first
+    with its 95% interval.
+
+    \b
+    patch-retriever evaluate demo
+    patch-retriever evaluate demo sentence-transformers/clip-ViT-B-32 --task "t->i"
+    patch-retriever evaluate demo --pairs photos.jsonl --json
+    """
+    from patch_retriever.cli.progress import Narrator, quiet_libraries
+    from patch_retriever.retrieval.compare import compare_models, test_collection
+
+    quiet_libraries()
+    narrator = Narrator(silent=as_json)
+    collection = test_collection(pairs, n, seed, wanted)
+    report = compare_models(models, collection, seed, device, batch_size, narrator.say)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    for model in report["models"]:
+        click.echo(f"{model['model']}   score {100 * model['score']:.1f}")
+        for task, values in model["tasks"].items():
+            recalls = "/".join(f"{100 * values[k]:5.1f}" for k in ("R@1", "R@5", "R@10"))
+            change = ""
+            if "R@1_minus_first" in values:
+                d = values["R@1_minus_first"]
+                change = f"   R@1 against {Path(models[0]).name}: {100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+            click.echo(f"  {task:<12} R@1/5/10 {recalls}{change}")

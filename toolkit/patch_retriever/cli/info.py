@@ -1,0 +1,52 @@
+"""`patch-retriever info`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--concepts", default=10, show_default=True, help="How many subtracted concepts to list.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def info(folder: Path, concepts: int, as_json: bool) -> None:
+    """Say what a FOLDER made by `build` is: model, readout, patch, concepts, and the table.
+
+    \b
+    patch-retriever info demo
+    patch-retriever info demo --json
+    """
+    from patch_retriever.errors import UserError
+    from patch_retriever.runs import MARKER, is_ours
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not is_ours(folder):
+        raise UserError(f"{folder}: not made by patch-retriever ({MARKER} is missing)")
+    if not (folder / "modules.json").is_file():
+        raise UserError(f"{folder}: its build has not finished; run the same build again")
+    settings = json.loads((folder / MARKER).read_text())
+    patch = json.loads((folder / "patch" / "patch.json").read_text())
+    table = json.loads((folder / "report" / "table.json").read_text())
+    if as_json:
+        click.echo(json.dumps({"settings": settings, "patch": patch, "table": table}, indent=1))
+        return
+    about = patch["about"]
+    readout = about["readout"]
+    click.echo(f"model      {settings['model']}")
+    click.echo(f"data       {settings['pairs']}, seed {settings['seed']}")
+    click.echo(f"readout    {readout['prompt']['name']} prompt, {readout['pooling']} of {readout['site']}")
+    click.echo(f"patch      {about['method']} {about['setting'] or ''} (needs {about['needs']})")
+    for operator in patch["operators"]:
+        detail = f"{operator['name']}, by {operator['by']}" if "name" in operator else f"{len(about['concepts'])} concepts"
+        click.echo(f"           {operator['kind']}: {detail}")
+    strongest = sorted(about["concepts"], key=lambda c: -c["strength"] * c["energy"])[:concepts]
+    for c in strongest:
+        click.echo(
+            f"  concept {c['concept']:<6} strength {c['strength']:.2f}  energy {c['energy']:.3g}  "
+            f"modality {c['modality']:.2f}  attribution {c['attribution']:.3g}"
+        )
+    click.echo("\n" + (folder / "report" / "table.txt").read_text().rstrip())

@@ -1,0 +1,68 @@
+"""Items from a file to embeddings in a file, a batch at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import write
+from patch_retriever.items import Item, PictureFile
+
+
+def read_items(path: Path) -> list[Item]:
+    """Items of a JSON-lines file of `{"text": ..., "image": ...}`; pictures are not opened yet.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is not such an object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, image = row.get("text"), row.get("image")
+        except (ValueError, AttributeError):
+            raise UserError(f"{path}:{number}: not a JSON object") from None
+        if not isinstance(text, str | None) or not isinstance(image, str | None) or not (text or image):
+            raise UserError(f'{path}:{number}: "text", "image" or both expected, as strings')
+        items.append(Item(text or None, PictureFile(path.parent / image) if image else None))
+    if not items:
+        raise UserError(f'{path}: empty; one JSON object a line expected, with "text" or "image"')
+    return items
+
+
+def encode_file(
+    model: Any,
+    items: Sequence[Item],
+    out: Path,
+    role: str,
+    batch_size: int,
+    progress: Callable[..., Any] = lambda steps, total: steps,
+) -> tuple[int, int]:
+    """Write the embeddings of `items` as a .npy file (n, d) in float32; returns its shape."""
+    encode = model.encode_query if role == "query" else model.encode_document
+    shape = (len(items), model.get_embedding_dimension())
+
+    def fill(path: Path) -> None:
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_2_0(
+                file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+            )
+            starts = range(0, len(items), batch_size)
+            for start in progress(starts, len(starts)):
+                batch = [item.load() for item in items[start : start + batch_size]]
+                rows = encode(batch, batch_size=batch_size, show_progress_bar=False)
+                file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+
+    write(out, fill)
+    return shape
