@@ -21,13 +21,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
-from tiny_mllm.architecture import N_IMAGE_TOKENS, make_model, make_processor
-from tiny_mllm.conversations import IGNORED, Conversation, Encoder, conversation
-from tiny_mllm.measure import measure, write_card
 from torch import Tensor, nn
 
 from patch_retriever.scenes.render import IMAGE_SIZE, render
@@ -41,7 +39,9 @@ from patch_retriever.scenes.world import (
     Scene,
     sample_scene,
 )
-
+from tiny_mllm.architecture import N_IMAGE_TOKENS, make_model, make_processor
+from tiny_mllm.conversations import IGNORED, Conversation, Encoder, conversation
+from tiny_mllm.measure import measure, write_card
 
 LOG_EVERY = 100
 
@@ -97,7 +97,13 @@ def attributes(scenes: list[Scene]) -> Tensor:
 class CellHead(nn.Module):
     """Attribute logits per cell from the patch tokens that cover it (thrown away after stage 1)."""
 
-    n_classes = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, len(FILLS) + 1, len(BACKGROUNDS))
+    n_classes = (
+        len(SHAPES) + 1,
+        len(COLOURS) + 1,
+        len(SIZES) + 1,
+        len(FILLS) + 1,
+        len(BACKGROUNDS),
+    )
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -135,12 +141,15 @@ def optimise(
         running += float(loss.detach())
         if (step + 1) % LOG_EVERY == 0:
             seconds = time.perf_counter() - started
-            print(f"{label} {step + 1}/{steps} loss {running / LOG_EVERY:.4f} {seconds:.0f} s", flush=True)
+            print(
+                f"{label} {step + 1}/{steps} loss {running / LOG_EVERY:.4f} {seconds:.0f} s",
+                flush=True,
+            )
             running = 0.0
         yield step + 1
 
 
-def train_tower(model: nn.Module, scenes: list[Scene], pixels: np.ndarray, steps: int) -> None:
+def train_tower(model: Any, scenes: list[Scene], pixels: np.ndarray, steps: int) -> None:
     """Stage 1: the tower learns the attributes of every cell."""
     tower = model.model.vision_tower
     head = CellHead(model.config.vision_config.hidden_size)
@@ -152,13 +161,21 @@ def train_tower(model: nn.Module, scenes: list[Scene], pixels: np.ndarray, steps
         logits = head(features.hidden_states[-1])
         labels = labels_nca[picks]
         there = labels[..., 0] > 0
-        losses = [nn.functional.cross_entropy(logits[0].flatten(0, 1).float(), labels[..., 0].flatten())]
-        losses += [
-            nn.functional.cross_entropy(logits[a][there].float(), labels[..., a][there]) for a in (1, 2, 3)
+        losses = [
+            nn.functional.cross_entropy(logits[0].flatten(0, 1).float(), labels[..., 0].flatten())
         ]
-        losses += [nn.functional.cross_entropy(logits[4].flatten(0, 1).float(), labels[..., 4].flatten())]
+        losses += [
+            nn.functional.cross_entropy(logits[a][there].float(), labels[..., a][there])
+            for a in (1, 2, 3)
+        ]
+        losses += [
+            nn.functional.cross_entropy(logits[4].flatten(0, 1).float(), labels[..., 4].flatten())
+        ]
         if (step + 1) % 500 == 0:
-            right = [f"{(logits[a][there].argmax(-1) == labels[..., a][there]).float().mean():.3f}" for a in range(4)]
+            right = [
+                f"{(logits[a][there].argmax(-1) == labels[..., a][there]).float().mean():.3f}"
+                for a in range(4)
+            ]
             print("  batch accuracy: shape, colour, size, fill", *right, flush=True)
         return torch.stack(losses).sum()
 
@@ -185,7 +202,12 @@ def batches(
 
 
 def train_language(
-    model: nn.Module, scenes: list[Scene], pixels: np.ndarray, encoder: Encoder, seed: int, steps: int
+    model: Any,
+    scenes: list[Scene],
+    pixels: np.ndarray,
+    encoder: Encoder,
+    seed: int,
+    steps: int,
 ) -> Iterator[int]:
     """Stage 2: everything, with the causal language-model loss on conversations."""
     stream = batches(scenes, encoder, seed, batch_size=80, text_share=0.2)
@@ -233,15 +255,20 @@ def main(out: Path, seed: int, pool: int, tower_steps: int, steps: int, measure_
             save(model, processor, out)
     figures = measure(model.eval(), processor, "test", measure_on, seed)
     print(figures)
-    write_card(out, figures, dict(seed=seed, pool=pool, tower_steps=tower_steps, steps=steps), time.perf_counter() - started)
+    write_card(
+        out,
+        figures,
+        dict(seed=seed, pool=pool, tower_steps=tower_steps, steps=steps),
+        time.perf_counter() - started,
+    )
 
 
-def save(model: nn.Module, processor: object, out: Path) -> None:
+def save(model: Any, processor: Any, out: Path) -> None:
     """Write model (bf16 safetensors) and processor to `out`; the model in memory stays fp32."""
     import copy
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
-    processor.save_pretrained(out)  # type: ignore[attr-defined]
+    processor.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a LLaVA of random weights: width 32, two decoder layers."""
     import random
 
-    from tiny_mllm.architecture import make_processor
     from transformers import (
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -37,6 +36,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
     from patch_retriever.scenes.world import sample_scene
+    from tiny_mllm.architecture import make_processor
 
     torch.manual_seed(0)
     rng = random.Random(0)

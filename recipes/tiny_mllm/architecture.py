@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-from tiny_mllm.conversations import conversation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlavaConfig,
@@ -18,6 +17,7 @@ from transformers import (
 
 from patch_retriever.scenes.render import IMAGE_SIZE
 from patch_retriever.scenes.world import Scene
+from tiny_mllm.conversations import conversation
 
 PATCH_SIZE = 12
 N_IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2

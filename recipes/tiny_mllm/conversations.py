@@ -33,7 +33,11 @@ DESCRIBE = {
     "count": "how many shapes, on which background?",
 }
 _STYLE_WEIGHTS = {"full": 8, "paraphrase": 2, "plain": 4}
-_ONE_WORD = ("describe the {it} in one word.", "summarize the above {it} in one word:", "{it} in one word:")
+_ONE_WORD = (
+    "describe the {it} in one word.",
+    "summarize the above {it} in one word:",
+    "{it} in one word:",
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,12 @@ def _about(rng: random.Random, scene: Scene, it: str, text: str) -> list[tuple[s
             asked = rng.choice(_ONE_WORD).format(it=rng.choice((both, "result")))
             return [(request + asked, one_word(rng, edit.target)), *_questions(rng, edit.target, 2)]
         style = rng.choice(("full", "plain", "plain", "short"))
-        return [(request + DESCRIBE[style].replace("image", "result"), caption(rng, edit.target, style).text)]
+        return [
+            (
+                request + DESCRIBE[style].replace("image", "result"),
+                caption(rng, edit.target, style).text,
+            )
+        ]
     if kind < 0.72:
         asked = rng.choice(_ONE_WORD).format(it=it)
         return [(text + asked, one_word(rng, scene)), *_questions(rng, scene, 3)]
@@ -113,7 +122,11 @@ class Encoder:
             image = self.image if dialogue.with_image and turn == 0 else []
             asked = [self.user, *image, *said, self.end, self.assistant]
             ids += [*asked, *answer, self.end]
-            silent = [IGNORED] * len(asked) if dialogue.with_image else [self.user, *said, self.end, self.assistant]
+            silent = (
+                [IGNORED] * len(asked)
+                if dialogue.with_image
+                else [self.user, *said, self.end, self.assistant]
+            )
             labels += [*silent, *answer, self.end]
         return Conversation(ids, labels, dialogue.with_image)
 

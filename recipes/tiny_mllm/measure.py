@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_mllm.conversations import DESCRIBE
 
 from patch_retriever.scenes.language import QUESTION_KINDS, caption, question
 from patch_retriever.scenes.render import render
-from patch_retriever.scenes.world import BACKGROUNDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, sample_scene
+from patch_retriever.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    FILLS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    sample_scene,
+)
+from tiny_mllm.conversations import DESCRIBE
 
 _OBJECT = re.compile(
     rf"({'|'.join(SIZES)}) ({'|'.join(FILLS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) at the "
@@ -44,7 +52,9 @@ def measure(model: Any, processor: Any, split: str, n: int, seed: int) -> dict[s
         right["background"] += backgrounds == [scene.background]
         right["whole caption"] += text == caption(rng, scene, "full").text
     figures = {k: v / (n_things if k in names else n) for k, v in right.items()}
-    asked = [question(rng, s, QUESTION_KINDS[i % len(QUESTION_KINDS)]) for i, s in enumerate(scenes)]
+    asked = [
+        question(rng, s, QUESTION_KINDS[i % len(QUESTION_KINDS)]) for i, s in enumerate(scenes)
+    ]
     answers = generate(model, processor, pictures, [q for q, _ in asked], max_new_tokens=5)
     hits = [a == b for (_, a), b in zip(asked, answers, strict=True)]
     figures["questions"] = sum(hits) / n
@@ -55,7 +65,9 @@ def measure(model: Any, processor: Any, split: str, n: int, seed: int) -> dict[s
 
 
 @torch.inference_mode()
-def generate(model: Any, processor: Any, pictures: list, asked: list[str], max_new_tokens: int) -> list[str]:
+def generate(
+    model: Any, processor: Any, pictures: list, asked: list[str], max_new_tokens: int
+) -> list[str]:
     """Greedy answers to one question about each picture, in batches of 50."""
     answers = []
     processor.tokenizer.padding_side = "left"
@@ -64,17 +76,27 @@ def generate(model: Any, processor: Any, pictures: list, asked: list[str], max_n
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
             for text in asked[k : k + 50]
         ]
-        prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        batch = processor(images=pictures[k : k + 50], text=prompts, padding=True, return_tensors="pt")
+        prompts = [
+            processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats
+        ]
+        batch = processor(
+            images=pictures[k : k + 50], text=prompts, padding=True, return_tensors="pt"
+        )
         out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        answers += processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += processor.batch_decode(
+            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     processor.tokenizer.padding_side = "right"
     return answers
 
 
-def write_card(out: Path, figures: dict[str, float], settings: dict[str, Any], seconds: float) -> None:
+def write_card(
+    out: Path, figures: dict[str, float], settings: dict[str, Any], seconds: float
+) -> None:
     """README.md (the model card) and measures.json beside the weights."""
-    (out / "measures.json").write_text(json.dumps({"settings": settings, "held-out": figures}, indent=1))
+    (out / "measures.json").write_text(
+        json.dumps({"settings": settings, "held-out": figures}, indent=1)
+    )
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())
     (out / "README.md").write_text(f"""\

@@ -59,7 +59,9 @@ class BuildConfig(BaseModel):
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
             if not isinstance(values, dict):
-                raise UserError(f"{path}: settings expected (key: value), found {type(values).__name__}")
+                raise UserError(
+                    f"{path}: settings expected (key: value), found {type(values).__name__}"
+                )
         values = {**values, **{k: v for k, v in overrides.items() if v is not None}}
         try:
             return cls.model_validate(values)
@@ -68,5 +70,7 @@ class BuildConfig(BaseModel):
             key = ".".join(str(part) for part in problem["loc"])
             known = ", ".join(cls.model_fields)
             if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-                raise UserError(f"{path or 'settings'}: unknown key {key!r}; known keys: {known}") from None
+                raise UserError(
+                    f"{path or 'settings'}: unknown key {key!r}; known keys: {known}"
+                ) from None
             raise UserError(f"{path or 'settings'}: {key}: {problem['msg']}") from None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from patch_retriever.files import file_hash, value_hash, write_json
 from patch_retriever.items import PictureFile
+from patch_retriever.progress import Progress
 from patch_retriever.retrieval.pairs import (
     Pair,
     pairs_collection,
@@ -57,7 +56,7 @@ def fingerprint(source: Path) -> str:
 
 
 def prepare_pairs(
-    source: Path, folder: Path, seed: int, skip_bad: bool, progress: Callable[..., Any]
+    source: Path, folder: Path, seed: int, skip_bad: bool, progress: Progress
 ) -> None:
     """Read, check and split a user's pairs once; `folder/splits.json` is what later runs read."""
     read = read_pairs(source, skip_bad, progress)
@@ -77,17 +76,18 @@ def pairs_data(folder: Path, built_in_model: bool) -> Data:
     """What `prepare_pairs` wrote, as collections."""
     values = json.loads((folder / "splits.json").read_text())
     splits = {
-        split: pairs_collection(split, [Pair(PictureFile(Path(p)), text, c) for p, text, c in rows])
+        split: pairs_collection(split, [Pair(PictureFile(Path(p)), t, c) for p, t, c in rows])
         for split, rows in values["splits"].items()
     }
     sizes = ", ".join(f"{len(values['splits'][s])} in {s}" for s in SPLITS)
-    about = f"{sum(map(len, values['splits'].values()))} pairs of the user's: {sizes}, disjoint by picture"
+    total = sum(map(len, values["splits"].values()))
+    about = f"{total} pairs of the user's: {sizes}, disjoint by picture"
     if values["skipped"]:
         about += f"; {len(values['skipped'])} bad ones left out"
     if values["texts_are_shared"]:
         about += (
-            "; most texts belong to several pictures and so occur in every split, every picture "
-            "with a query's text counts as relevant"
+            "; most texts belong to several pictures and so occur in every split, "
+            "every picture with a query's text counts as relevant"
         )
     warning = ""
     if built_in_model:

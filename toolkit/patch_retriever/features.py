@@ -1,4 +1,4 @@
-"""Features: what every patch of one readout is fitted on and judged by, for the items of a split."""
+"""Features: what every patch of a readout is fitted on and judged by, for a split's items."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write(path: Path, writer: Callable[[Path], None]) -> None:
+def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Let `writer` write a temporary file beside `path`, flush it to disk, then rename it.
 
     Raises:
@@ -38,7 +38,7 @@ def write(path: Path, writer: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8."""
-    write(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+    write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -69,8 +69,8 @@ class Probe:
         with torch.no_grad(), self._net.trace(dict(features)):
             for envoy, site, edit in envoys:
                 envoy.output = _replaced(envoy.output, site, edit)
-            out = nnsight.save(self._net.output)
-        return out
+            found = nnsight.save(self._net.output)
+        return dict(found)
 
     def _envoy(self, site: str) -> Any:
         if site == LAST:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -18,6 +18,7 @@ from patch_retriever.patch.operators import apply_maps
 from patch_retriever.probe import Probe
 
 if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
     from torch import Tensor
 
 
@@ -40,7 +41,7 @@ class PatchedRetriever(SentenceTransformer):
         super().__init__(modules=list(backbone), device=str(backbone.device))
         self.patch = patch
         # not a child module: an nn.Sequential would run it
-        self.__dict__["_probe"] = Probe(self[0], self[1])
+        self.__dict__["_probe"] = Probe(cast("Transformer", self[0]), self[1])
 
     @classmethod
     def from_folder(cls, folder: Path | str, device: str = "cpu") -> PatchedRetriever:
@@ -93,5 +94,6 @@ class PatchedRetriever(SentenceTransformer):
         def correct(x_nd: Tensor) -> Tensor:
             return apply_maps(self.patch.maps, self.patch.gate, x_nd, raw["mean_nd"], role)
 
-        out = self._probe.run(input, {LAST: subtract_tokens, "pooled": correct})
+        probe: Probe = self.__dict__["_probe"]
+        out = probe.run(input, {LAST: subtract_tokens, "pooled": correct})
         return self[2](out)

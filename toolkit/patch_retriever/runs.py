@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.progress import Say
 
 MARKER = "patch-retriever.json"
 """The file that says that a folder was made by `build`; it holds the resolved settings."""
@@ -43,7 +44,7 @@ class Run:
     it lists still has its hash. Anything else is built again; a damaged file is named.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, say: Say) -> None:
         self.folder = folder
         self._say = say
         self._keys: dict[str, str] = {}
@@ -67,12 +68,16 @@ class Run:
         except BlockingIOError:
             self._lock.close()
             raise UserError(
-                f"{self.folder.parent}: another build is writing here; wait for it or name another folder"
+                f"{self.folder.parent}: another build is writing here; "
+                "wait for it or name another folder"
             ) from None
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._lock is not None:
             self._lock.close()

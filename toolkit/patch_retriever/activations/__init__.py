@@ -1,0 +1,1 @@
+"""Token activations on disk, and items through the backbone."""

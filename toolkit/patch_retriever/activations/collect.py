@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +16,7 @@ from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.features import Features
 from patch_retriever.items import Item
 from patch_retriever.probe import Probe
+from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.codes import Codes
 
 if TYPE_CHECKING:
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from patch_retriever.sae.model import SparseAutoencoder
-
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Wraps an iterable of known length to show its progress."""
-
-
-def no_progress(steps: Iterable[Any], _total: int) -> Iterable[Any]:
-    """Show nothing."""
-    return steps
 
 
 def collect_pooled(
@@ -102,7 +95,9 @@ def collect_features(
         tokens_ntd = probe.read(features, [LAST])[LAST].float()
         weights_nt = pooling_weights(features["attention_mask"], readout.pooling)
         pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
-        mean_nd[numbers] = pool(tokens_ntd, pooling_weights(features["attention_mask"], "mean")).cpu()
+        mean_nd[numbers] = pool(
+            tokens_ntd, pooling_weights(features["attention_mask"], "mean")
+        ).cpu()
         rows.append((numbers, _pool_codes(tokens_ntd, weights_nt, sae).cpu()))
     return Features(pooled_nd, mean_nd, Codes.from_rows(rows), kinds_n)
 

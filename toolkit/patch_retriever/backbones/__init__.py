@@ -1,0 +1,1 @@
+"""Loading MLLMs, their readouts, their inputs."""

@@ -45,7 +45,8 @@ class TokenRoles:
 
     def __init__(self, transformer: Transformer) -> None:
         self._image = image_token_id(transformer.config)
-        self._special = torch.tensor(sorted(transformer.tokenizer.all_special_ids))
+        special: Any = transformer.tokenizer
+        self._special = torch.tensor(sorted(special.all_special_ids))
         self._ends = {}
         for has_image in (False, True):
             a, b = (_ids(transformer, text, has_image) for text in ("one", "two other words"))
@@ -79,7 +80,8 @@ def _ids(transformer: Transformer, text: str, has_image: bool) -> list[int]:
     content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
     rendered = transformer.processor.apply_chat_template(messages, tokenize=False)
-    return transformer.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    tokenizer: Any = transformer.tokenizer
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def pooling_weights(mask_nt: Tensor, pooling: PoolingMode) -> Tensor:

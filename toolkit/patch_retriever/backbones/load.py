@@ -1,11 +1,11 @@
-"""Backbones: any MLLM folder or hub id as a sentence-transformers model with an explicit readout."""
+"""Backbones: any MLLM folder or hub id as a sentence-transformers model, with a readout."""
 
 from __future__ import annotations
 
 import json
 import logging
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,19 +98,20 @@ def _quiet() -> Iterator[None]:
 
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def chat_template(transformer: Transformer) -> str:
     """The processor's own chat template, before any readout was written into it."""
-    own = transformer.__dict__.setdefault("_own_template", transformer.processor.chat_template)
-    return own
+    return transformer.__dict__.setdefault("_own_template", transformer.processor.chat_template)
 
 
 def set_readout(transformer: Transformer, readout: Readout) -> None:

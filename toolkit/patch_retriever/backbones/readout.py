@@ -129,4 +129,4 @@ def readout_grid(n_layers: int) -> Iterator[Readout]:
     for prompt in PROMPTS.values():
         for site in sites:
             for pooling in ("mean", "lasttoken"):
-                yield Readout(prompt, site, pooling)  # type: ignore[arg-type]
+                yield Readout(prompt, site, pooling)

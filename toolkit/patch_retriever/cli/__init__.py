@@ -24,13 +24,14 @@ class _OneLineErrors(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"Error: {error}", err=True)
+            message = str(error)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             where = error.filename or "the disk"
-            click.echo(f"Error: {where}: no space left; free some and run the same again", err=True)
-        ctx.exit(2)
+            message = f"{where}: no space left; free some and run the same again"
+        click.echo(f"Error: {message}", err=True)
+        return ctx.exit(2)
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from patch_retriever.config import BuildConfig
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--pairs", metavar="FILE|FOLDER|scenes", help="Pictures with texts. [default: scenes, the built-in world]")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--pairs",
+    metavar="FILE|FOLDER|scenes",
+    help="Pictures with texts. [default: scenes, the built-in world]",
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
+)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Settings in YAML.")
-@click.option("--preset", type=click.Choice(["auto", "paper"]), help="auto tries readouts on validation, paper pins the paper's. [default: auto]")
+@click.option(
+    "--preset",
+    type=click.Choice(["auto", "paper"]),
+    help="auto tries readouts on validation, paper pins the paper's. [default: auto]",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random. [default: 0]")
 @click.option("--device", help="torch device. [default: cpu]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="What the model runs in. [default: float32]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the model. [default: float32]",
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Items per forward pass. [default: 64]")
-@click.option("--skip-bad", is_flag=True, default=None, help="Leave bad rows and pictures out, and count them.")
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    default=None,
+    help="Leave bad rows and pictures out, and count them.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def build(
@@ -79,10 +102,11 @@ def build(
         return
     narrator.say("done")
     click.echo(result.table)
-    click.echo(f'\nSentenceTransformer("{result.folder}") loads it; the card is {result.folder / "README.md"}')
+    card = result.folder / "README.md"
+    click.echo(f'\nSentenceTransformer("{result.folder}") loads it; the card is {card}')
 
 
-def plan(out: Path, config) -> dict:  # type: ignore[no-untyped-def]
+def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
     """What a build would do, as JSON values."""
     from patch_retriever.backbones.load import BUILT_IN, built_in_model
     from patch_retriever.data import SCENES
@@ -106,15 +130,16 @@ def plan(out: Path, config) -> dict:  # type: ignore[no-untyped-def]
     }
 
 
-def plan_text(out: Path, config) -> str:  # type: ignore[no-untyped-def]
+def plan_text(out: Path, config: BuildConfig) -> str:
     """The plan for a terminal."""
     values = plan(out, config)
     lines = [f"would build {values['model']} into {out}"]
     if not values["model found"]:
         lines.append("  the model is not on this machine: it would be looked up on the hub")
     if values["pairs"]:
-        lines.append(f"  {values['pairs']['usable']} usable pairs, {len(values['pairs']['left out'])} left out")
-        lines += [f"    {line}" for line in values["pairs"]["left out"]]
+        bad = values["pairs"]["left out"]
+        lines.append(f"  {values['pairs']['usable']} usable pairs, {len(bad)} left out")
+        lines += [f"    {line}" for line in bad]
     lines.append(f"  stages finished there: {', '.join(values['finished stages']) or 'none'}")
     lines += [f"  {key}: {value}" for key, value in values["settings"].items()]
     return "\n".join(lines)

@@ -19,8 +19,18 @@ def doctor() -> None:
     from patch_retriever.errors import UserError
 
     problems: list[str] = []
-    click.echo(f"patch-retriever {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    packages = ("torch", "transformers", "sentence-transformers", "nnsight", "peft", "safetensors", "scikit-learn")
+    click.echo(
+        f"patch-retriever {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
+    packages = (
+        "torch",
+        "transformers",
+        "sentence-transformers",
+        "nnsight",
+        "peft",
+        "safetensors",
+        "scikit-learn",
+    )
     for name in packages:
         try:
             click.echo(f"  {name} {metadata.version(name)}")
@@ -39,7 +49,7 @@ def doctor() -> None:
         import transformers.models.llava.modeling_llava  # noqa: F401
 
         gpus = torch.cuda.device_count()
-        click.echo(f"  devices: cpu ({torch.get_num_threads()} threads)" + (f", {gpus} GPU" if gpus else ""))
+        click.echo(f"  devices: cpu ({torch.get_num_threads()} threads), {gpus} GPU")
     except Exception as error:  # whatever breaks an import is what we are here to report
         hint = ""
         if "torchvision" in str(error):

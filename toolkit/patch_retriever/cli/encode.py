@@ -10,8 +10,21 @@ import click
 @click.command()
 @click.argument("model")
 @click.argument("items", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The .npy file to write, float32, one row an item.")
-@click.option("--as", "role", type=click.Choice(["query", "document"]), default="document", show_default=True, help="As queries or as documents.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The .npy file to write, float32, one row an item.",
+)
+@click.option(
+    "--as",
+    "role",
+    type=click.Choice(["query", "document"]),
+    default="document",
+    show_default=True,
+    help="As queries or as documents.",
+)
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
 @click.option("--batch-size", default=64, show_default=True, help="Items per forward pass.")
 def encode(model: str, items: Path, out: Path, role: str, device: str, batch_size: int) -> None:

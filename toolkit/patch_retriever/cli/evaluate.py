@@ -10,8 +10,19 @@ import click
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
-@click.option("--pairs", default="scenes", show_default=True, metavar="FILE|FOLDER|scenes", help="What to evaluate on; of pairs, the test split.")
-@click.option("--task", "wanted", multiple=True, help="Only this task or direction (t->i, 't->i short', ...); may be given again.")
+@click.option(
+    "--pairs",
+    default="scenes",
+    show_default=True,
+    metavar="FILE|FOLDER|scenes",
+    help="What to evaluate on; of pairs, the test split.",
+)
+@click.option(
+    "--task",
+    "wanted",
+    multiple=True,
+    help="Only this task or direction (t->i, 't->i short', ...); may be given again.",
+)
 @click.option("--n", default=500, show_default=True, help="Scenes asked about (scenes only).")
 @click.option("--seed", default=0, show_default=True, help="Seed of the tasks and the bootstrap.")
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
@@ -54,5 +65,6 @@ def evaluate(
             change = ""
             if "R@1_minus_first" in values:
                 d = values["R@1_minus_first"]
-                change = f"   R@1 against {Path(models[0]).name}: {100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+                low, mean, high = (100 * d[k] for k in ("low", "mean", "high"))
+                change = f"   against {Path(models[0]).name}: {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
             click.echo(f"  {task:<12} R@1/5/10 {recalls}{change}")

@@ -10,7 +10,9 @@ import click
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--concepts", default=10, show_default=True, help="How many subtracted concepts to list.")
+@click.option(
+    "--concepts", default=10, show_default=True, help="How many subtracted concepts to list."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def info(folder: Path, concepts: int, as_json: bool) -> None:
     """Say what a FOLDER made by `build` is: model, readout, patch, concepts, and the table.
@@ -38,10 +40,16 @@ def info(folder: Path, concepts: int, as_json: bool) -> None:
     readout = about["readout"]
     click.echo(f"model      {settings['model']}")
     click.echo(f"data       {settings['pairs']}, seed {settings['seed']}")
-    click.echo(f"readout    {readout['prompt']['name']} prompt, {readout['pooling']} of {readout['site']}")
+    click.echo(
+        f"readout    {readout['prompt']['name']} prompt, {readout['pooling']} of {readout['site']}"
+    )
     click.echo(f"patch      {about['method']} {about['setting'] or ''} (needs {about['needs']})")
     for operator in patch["operators"]:
-        detail = f"{operator['name']}, by {operator['by']}" if "name" in operator else f"{len(about['concepts'])} concepts"
+        detail = (
+            f"{operator['name']}, by {operator['by']}"
+            if "name" in operator
+            else f"{len(about['concepts'])} concepts"
+        )
         click.echo(f"           {operator['kind']}: {detail}")
     strongest = sorted(about["concepts"], key=lambda c: -c["strength"] * c["energy"])[:concepts]
     for c in strongest:

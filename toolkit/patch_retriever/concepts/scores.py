@@ -27,7 +27,7 @@ class ConceptTable:
     energy: Tensor
     """Mean activation over all items (Eq. 3)."""
     modality: Tensor
-    """E_text[z] / (E_text[z] + E_image[z]): 1 is text, 0 image; 0.5 where it never fires (Eq. 4)."""
+    """E_text[z] / (E_text[z] + E_image[z]): 1 text, 0 image; 0.5 where it never fires (Eq. 4)."""
     bridge: Tensor
     """Row sum plus column sum of |B|, B = E[z_image^T z_text] * (D D^T) (Eq. 5). The paper does
     not say how it reduces B; signed sums would equal the attribution exactly."""
@@ -82,9 +82,7 @@ def score_concepts(
     raw_c = contribution(codes, kinds_n, zero_kc, dictionary_cd, pairs_n2)
     raw_negative_c = contribution(codes, kinds_n, zero_kc, dictionary_cd, negatives_n2)
     centred_c = contribution(codes, kinds_n, means_kc, dictionary_cd, pairs_n2)
-    centred_negative_c = contribution(
-        codes, kinds_n, means_kc, dictionary_cd, negatives_centred_n2
-    )
+    centred_negative_c = contribution(codes, kinds_n, means_kc, dictionary_cd, negatives_centred_n2)
     return ConceptTable(
         energy=codes.mean(),
         modality=torch.where(total_c > 0, text_c / total_c.clamp(min=1e-30), torch.tensor(0.5)),

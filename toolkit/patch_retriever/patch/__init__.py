@@ -1,0 +1,1 @@
+"""The patch: operators, fitting, methods, artefact, export."""

@@ -64,7 +64,10 @@ class Patch:
             tensors |= {f"map{i}.weight_gde": step.weight_gde, f"map{i}.bias_ge": step.bias_ge}
         gate = None
         if self.gate is not None:
-            tensors |= {"gate.direction_2d": self.gate.direction_2d, "gate.offset_2": self.gate.offset_2}
+            tensors |= {
+                "gate.direction_2d": self.gate.direction_2d,
+                "gate.offset_2": self.gate.offset_2,
+            }
             gate = {"margin": self.gate.margin}
         # an empty file is no safetensors: the identity patch still has its site
         write_tensors(folder / TENSORS, tensors or {"none": torch.zeros(1)})
@@ -92,16 +95,24 @@ class Patch:
             kinds = [operator["kind"] for operator in values["operators"]]
             subtract = None
             if "subtract" in kinds:
-                fields = {k.removeprefix("subtract."): v for k, v in tensors.items() if k.startswith("subtract.")}
+                fields = {
+                    k.removeprefix("subtract."): v
+                    for k, v in tensors.items()
+                    if k.startswith("subtract.")
+                }
                 subtract = Subtract(**fields)
             affine = [operator for operator in values["operators"] if operator["kind"] == "affine"]
             maps = tuple(
-                Affine(o["name"], o["by"], tensors[f"map{i}.weight_gde"], tensors[f"map{i}.bias_ge"])
+                Affine(
+                    o["name"], o["by"], tensors[f"map{i}.weight_gde"], tensors[f"map{i}.bias_ge"]
+                )
                 for i, o in enumerate(affine)
             )
             gate = None
             if values["gate"] is not None:
-                gate = Gate(tensors["gate.direction_2d"], tensors["gate.offset_2"], values["gate"]["margin"])
+                gate = Gate(
+                    tensors["gate.direction_2d"], tensors["gate.offset_2"], values["gate"]["margin"]
+                )
             return cls(values["site"], subtract, maps, gate, values["about"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder}: a damaged patch ({error}); build it again") from None

@@ -46,7 +46,9 @@ def token_modules(subtract: Subtract, keep_raw: bool) -> list[Dense]:
     switch_bias = torch.cat(
         [torch.full((d,), _OPEN), steep_m * (subtract.b_enc_m - subtract.threshold_m)]
     )
-    first = _dense(torch.cat([value, switch]), torch.cat([value_bias, switch_bias]), nn.GLU(), _TOKENS)
+    first = _dense(
+        torch.cat([value, switch]), torch.cat([value_bias, switch_bias]), nn.GLU(), _TOKENS
+    )
     removed_dm = -(subtract.W_dec_md * subtract.strength_m[:, None]).T
     second = torch.cat([torch.eye(d), removed_dm], dim=1)
     if keep_raw:
@@ -81,7 +83,10 @@ class _Layout:
 def pooled_modules(patch: Patch, d: int, role: int, layout: _Layout) -> list[Dense]:
     """`Dense` modules on `sentence_embedding`: the patch's maps for one role."""
     weight_kde, bias_ke = compose(patch.maps, d, role)
-    same = all(torch.equal(weight_kde[k], weight_kde[0]) and torch.equal(bias_ke[k], bias_ke[0]) for k in (1, 2))
+    same = all(
+        torch.equal(weight_kde[k], weight_kde[0]) and torch.equal(bias_ke[k], bias_ke[0])
+        for k in (1, 2)
+    )
     if patch.gate is None or same:
         weight_ed = layout.place(weight_kde[0].T, layout.value_at)
         return [_dense(weight_ed, bias_ke[0], nn.Identity(), _POOLED)]
@@ -128,7 +133,7 @@ def _dense(weight_ed: Tensor, bias_e: Tensor | None, activation: nn.Module, feat
 
 def export_modules(patch: Patch, d: int, pooling: str) -> list[nn.Module]:
     """Everything after the `Transformer`: token modules, `Pooling`, maps, `Normalize`."""
-    from sentence_transformers.base.modules import Normalize, Router
+    from sentence_transformers.base.modules import Module, Normalize, Router
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     modules: list[nn.Module] = []
@@ -139,9 +144,9 @@ def export_modules(patch: Patch, d: int, pooling: str) -> list[nn.Module]:
         width = 2 * d if patch.gated else d
     modules.append(Pooling(width, layout.pooling))
     if any(step.by == "role" for step in patch.maps):
-        branches = {
-            "query": pooled_modules(patch, d, QUERY, layout),
-            "document": pooled_modules(patch, d, DOCUMENT, layout),
+        branches: dict[str, list[Module]] = {
+            "query": [*pooled_modules(patch, d, QUERY, layout)],
+            "document": [*pooled_modules(patch, d, DOCUMENT, layout)],
         }
         modules.append(Router(branches, default_route="document"))
     elif patch.maps:

@@ -30,7 +30,10 @@ def _affine(
     name: str, by: By, means: Sequence[Tensor], weights: Sequence[Tensor], to: Tensor | None = None
 ) -> Affine:
     """(x - mean_g) W_g + `to`, as weights and biases in float32."""
-    biases = [-mean_d @ weight_de + (0 if to is None else to) for mean_d, weight_de in zip(means, weights, strict=True)]
+    biases = [
+        -mean_d @ weight_de + (0 if to is None else to)
+        for mean_d, weight_de in zip(means, weights, strict=True)
+    ]
     return Affine(name, by, torch.stack(list(weights)).float(), torch.stack(biases).float())
 
 
@@ -123,7 +126,10 @@ def cca(
     x = x_nd.double()
     text, image = 0, 1
     a_nd, b_nd = _centred_pairs(x, pairs_by_kind[text])
-    roots = {k: _inverse_root(m.T @ m / (len(m) - 1), shrinkage) for k, m in ((text, a_nd), (image, b_nd))}
+    roots = {
+        k: _inverse_root(m.T @ m / (len(m) - 1), shrinkage)
+        for k, m in ((text, a_nd), (image, b_nd))
+    }
     cross_dd = roots[text] @ (a_nd.T @ b_nd) @ roots[image]
     u, s_d, vt = torch.linalg.svd(cross_dd)
     gain_r = (s_d[:r] / s_d[0]).sqrt()
@@ -133,7 +139,9 @@ def cca(
     if both in pairs_by_kind:
         c_nd, target_nd = _centred_pairs(x, pairs_by_kind[both])
         ridge = shrinkage * c_nd.pow(2).sum() / c_nd.shape[1] * torch.eye(c_nd.shape[1]).double()
-        weights[both] = torch.linalg.solve(c_nd.T @ c_nd + ridge, c_nd.T @ (target_nd @ weights[image]))
+        weights[both] = torch.linalg.solve(
+            c_nd.T @ c_nd + ridge, c_nd.T @ (target_nd @ weights[image])
+        )
     else:
         weights[both] = weights[image]
     return _affine("cca", "modality", [means[k] for k in range(3)], [weights[k] for k in range(3)])

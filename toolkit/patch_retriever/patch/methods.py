@@ -6,82 +6,23 @@ concepts, random subspaces) stand beside what they control for; they are never c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from patch_retriever.concepts.scores import TEXT_DOMINANT, ConceptTable
-from patch_retriever.features import Features
+from patch_retriever.concepts.scores import TEXT_DOMINANT
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.gains import GainSettings, learn_gains
-from patch_retriever.patch.operators import Affine, By, Gate, Subtract
-from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.patch.operators import Affine, By, Subtract
 
 Needs = Literal["nothing", "unpaired items", "pairs"]
 Setting = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Everything that methods may learn from: the calibration split and nothing else.
-
-    `query_items` and `document_items` are item numbers by role, `pairs` are (query, relevant
-    document) items by direction, each (n, 2).
-    """
-
-    site: str
-    features: Features
-    sae: SparseAutoencoder
-    concepts: ConceptTable
-    gate: Gate | None
-    query_items: Tensor
-    document_items: Tensor
-    pairs: Mapping[str, Tensor]
-    seed: int
-
-    @property
-    def kinds_n(self) -> Tensor:
-        """Kinds of the items."""
-        return self.features.kinds_n
-
-    def groups(self, by: By) -> list[Tensor]:
-        """The items of each group that `by` tells apart."""
-        if by == "role":
-            return [self.query_items, self.document_items]
-        if by == "modality":
-            return [(self.kinds_n == kind).nonzero()[:, 0] for kind in range(3)]
-        return [torch.arange(len(self.kinds_n))]
-
-    @cached_property
-    def pairs_to_images(self) -> dict[int, Tensor]:
-        """(item, image item) pairs by the kind of the first: texts (0) and both (2)."""
-        found: dict[int, list[Tensor]] = {0: [], 2: []}
-        for pairs_n2 in self.pairs.values():
-            for pair in (pairs_n2, pairs_n2.flip(1)):
-                kinds = self.kinds_n[pair]
-                for kind in found:
-                    found[kind].append(pair[(kinds[:, 0] == kind) & (kinds[:, 1] == 1)])
-        return {k: torch.cat(v) for k, v in found.items() if sum(map(len, v)) > 1}
-
-    @cached_property
-    def centred_nd(self) -> Tensor:
-        """Pooled vectors less the mean of their kind."""
-        return self.features.pooled_nd - self._kind_means(self.features.pooled_nd)
-
-    @cached_property
-    def centred_codes_nc(self) -> Tensor:
-        """Pooled codes less the mean of their kind."""
-        codes_nc = self.features.codes.dense()
-        return codes_nc - self._kind_means(codes_nc)
-
-    def _kind_means(self, x_nd: Tensor) -> Tensor:
-        means_kd = torch.stack([x_nd[rows].mean(0) for rows in self.groups("modality")])
-        return means_kd[self.kinds_n.long()]
 
 
 @dataclass(frozen=True)
@@ -105,11 +46,17 @@ def methods(c: Calibration) -> Iterator[Method]:
     ns = tuple(n for n in (16, 64, 128, 256, 512) if n < c.sae.n_concepts)
     by_n = tuple({"n": n, "then": then} for n in ns for then in ("nothing", "centre"))
 
-    def method(name: str, needs: Needs, make: Callable[..., list[Patch]], *grid: Setting, control: bool = False) -> Method:
+    def method(
+        name: str,
+        needs: Needs,
+        make: Callable[..., list[Patch]],
+        *grid: Setting,
+        control: bool = False,
+    ) -> Method:
         return Method(name, needs, make, tuple(grid) or ({},), control)
 
-    def maps(*steps: Affine, subtract: Subtract | None = None, **about: Any) -> list[Patch]:
-        return [Patch(c.site, subtract, steps, c.gate, about)]
+    def maps(*steps: Affine, subtract: Subtract | None = None, reason: str = "") -> list[Patch]:
+        return [Patch(c.site, subtract, steps, c.gate, {"reason": reason})]
 
     def removal(ranking_c: Tensor, n: int, then: str, reason: str) -> list[Patch]:
         chosen = ranking_c.argsort(descending=True)[:n]
@@ -120,7 +67,11 @@ def methods(c: Calibration) -> Iterator[Method]:
     x_nd = c.features.pooled_nd
     by_all: tuple[By, ...] = ("all", *sides)
     for by in by_all:
-        yield method(f"centring, {names[by]}", "unpaired items", lambda by=by: maps(fit.centre(x_nd, c.groups(by), by)))
+        yield method(
+            f"centring, {names[by]}",
+            "unpaired items",
+            lambda by=by: maps(fit.centre(x_nd, c.groups(by), by)),
+        )
     for by in by_all:
         yield method(
             f"all-but-the-top, {names[by]}",
@@ -142,13 +93,22 @@ def methods(c: Calibration) -> Iterator[Method]:
         lambda n, then: removal(dominant, n, then, f"modality score above {TEXT_DOMINANT}"),
         *by_n,
     )
-    yield method("random subspace removed", "unpaired items", lambda r: _random_subspaces(c, r), {"r": 16}, {"r": 64}, control=True)
+    yield method(
+        "random subspace removed",
+        "unpaired items",
+        lambda r: _random_subspaces(c, r),
+        {"r": 16},
+        {"r": 64},
+        control=True,
+    )
 
     attribution = c.concepts.attribution
     yield method(
         "attribution subspace removed (the paper's)",
         "pairs",
-        lambda n: maps(fit.remove_subspace(c.sae.W_dec_cd[attribution.argsort(descending=True)[:n]])),
+        lambda n: maps(
+            fit.remove_subspace(c.sae.W_dec_cd[attribution.argsort(descending=True)[:n]])
+        ),
         *({"n": n} for n in (max(1, c.sae.n_concepts // 100), 32, 64)),
     )
     scores = {
@@ -170,9 +130,13 @@ def methods(c: Calibration) -> Iterator[Method]:
             *by_n,
             control=True,
         )
-    gain_grid = tuple({"pairs": which, "sparsity": s} for which in ("text-image", "all") for s in (0.0, 0.3))
+    gain_grid = tuple(
+        {"pairs": which, "sparsity": s} for which in ("text-image", "all") for s in (0.0, 0.3)
+    )
     gains = cache(lambda pairs, sparsity: _gains(c, after, pairs, sparsity))
-    yield method("learned gains", "pairs", lambda pairs, sparsity: [gains(pairs, sparsity)], *gain_grid)
+    yield method(
+        "learned gains", "pairs", lambda pairs, sparsity: [gains(pairs, sparsity)], *gain_grid
+    )
     yield method(
         "gains on principal components",
         "pairs",
@@ -184,32 +148,45 @@ def methods(c: Calibration) -> Iterator[Method]:
         return
 
     def procrustes(before: tuple[Affine, ...] = (), subtract: Subtract | None = None) -> Affine:
-        return fit.procrustes(_before(c, before, subtract), c.kinds_n, c.pairs_to_images)
+        return fit.procrustes(c.vectors_after(before, subtract), c.kinds_n, c.pairs_to_images)
 
     def cca(shrinkage: float, subtract: Subtract | None = None) -> Affine:
         d = x_nd.shape[1]
-        return fit.cca(_before(c, (), subtract), c.kinds_n, c.pairs_to_images, shrinkage, min(d, 128))
+        return fit.cca(
+            c.vectors_after((), subtract), c.kinds_n, c.pairs_to_images, shrinkage, min(d, 128)
+        )
 
     yield method("Procrustes", "pairs", lambda: maps(procrustes()))
-    yield method("CCA", "pairs", lambda shrinkage: maps(cca(shrinkage)), *({"shrinkage": s} for s in (0.1, 0.3, 0.5, 0.8)))
+    yield method(
+        "CCA",
+        "pairs",
+        lambda shrinkage: maps(cca(shrinkage)),
+        *({"shrinkage": s} for s in (0.1, 0.3, 0.5, 0.8)),
+    )
 
     def pair(first: str, second: str, **setting: Any) -> list[Patch]:
         subtract = None
         if first == "gains":
             subtract = gains(setting["pairs"], 0.0).subtract
         elif first == "removal":
-            subtract = removal(scores["discriminative attribution, centred"], setting["n"], "nothing", first)[0].subtract
-        about = {"subtract": f"{first} {setting}"}
+            subtract = removal(
+                scores["discriminative attribution, centred"], setting["n"], "nothing", first
+            )[0].subtract
+        reason = f"{first} {setting}" if subtract is not None else ""
         if second == "CCA":
-            return maps(cca(0.5, subtract), subtract=subtract, **about)
-        whitened = fit.realign(_before(c, (), subtract), c.groups("modality"), "modality", setting["beta"])
+            return maps(cca(0.5, subtract), subtract=subtract, reason=reason)
+        whitened = fit.realign(
+            c.vectors_after((), subtract), c.groups("modality"), "modality", setting["beta"]
+        )
         if second == "ReAlign":
-            return maps(whitened, subtract=subtract, **about)
+            return maps(whitened, subtract=subtract, reason=reason)
         turned = procrustes((whitened,), subtract)
-        return maps(whitened, turned, subtract=subtract, **about)
+        return maps(whitened, turned, subtract=subtract, reason=reason)
 
     betas = (0.3, 0.5, 0.8)
-    pairs_grid: list[Setting] = [{"first": "ReAlign", "second": "Procrustes", "beta": b} for b in betas]
+    pairs_grid: list[Setting] = [
+        {"first": "ReAlign", "second": "Procrustes", "beta": b} for b in betas
+    ]
     for which in ("text-image", "all"):
         pairs_grid += [
             {"first": "gains", "second": s, "beta": b, "pairs": which}
@@ -218,22 +195,11 @@ def methods(c: Calibration) -> Iterator[Method]:
         ]
         pairs_grid.append({"first": "gains", "second": "CCA", "pairs": which})
     for n in (64, 256):
-        pairs_grid += [{"first": "removal", "second": s, "beta": 0.5, "n": n} for s in ("Procrustes", "ReAlign")]
+        pairs_grid += [
+            {"first": "removal", "second": s, "beta": 0.5, "n": n}
+            for s in ("Procrustes", "ReAlign")
+        ]
     yield method("best pair of methods", "pairs", pair, *pairs_grid)
-
-
-def _before(c: Calibration, maps: tuple[Affine, ...], subtract: Subtract | None) -> Tensor:
-    """Calibration vectors as they are after `subtract` and `maps`, by their true kinds."""
-    x_nd = c.features.pooled_nd
-    if subtract is not None:
-        x_nd = subtract.on_pooled(x_nd, c.features.codes)
-    for step in maps:
-        out_nd = torch.empty(len(x_nd), step.bias_ge.shape[1])
-        for kind in range(3):
-            rows, g = c.kinds_n == kind, step.group(1, kind)
-            out_nd[rows] = x_nd[rows] @ step.weight_gde[g] + step.bias_ge[g]
-        x_nd = out_nd
-    return x_nd
 
 
 def _subtracting(c: Calibration, chosen_m: Tensor, then: str, after: By, reason: str) -> Patch:
@@ -247,11 +213,13 @@ def _with_strength(c: Calibration, strength_c: Tensor, then: str, after: By, rea
     subtract = Subtract.from_sae(c.sae, strength_c)
     steps: tuple[Affine, ...] = ()
     if then == "centre":
-        steps = (fit.centre(_before(c, (), subtract), c.groups(after), after),)
-    return Patch(c.site, subtract, steps, c.gate, {"subtract": reason})
+        steps = (fit.centre(c.vectors_after((), subtract), c.groups(after), after),)
+    return Patch(c.site, subtract, steps, c.gate, {"reason": reason})
 
 
-def _random_concepts(c: Calibration, ranking_c: Tensor, n: int, then: str, after: By) -> list[Patch]:
+def _random_concepts(
+    c: Calibration, ranking_c: Tensor, n: int, then: str, after: By
+) -> list[Patch]:
     """Three draws of random concepts, each as energetic as one that `ranking_c` puts first."""
     order = c.concepts.energy.argsort(descending=True)
     place = torch.empty_like(order)
@@ -284,7 +252,9 @@ def _pairs(c: Calibration, which: str) -> list[Tensor]:
 def _gains(c: Calibration, after: By, pairs: str, sparsity: float) -> Patch:
     """Learned gains on centred codes, then centring; gains above 0.98 leave a concept alone."""
     settings = GainSettings(sparsity=sparsity)
-    gains_c = learn_gains(c.centred_nd, c.centred_codes_nc, c.sae.W_dec_cd, _pairs(c, pairs), settings, c.seed)
+    gains_c = learn_gains(
+        c.centred_nd, c.centred_codes_nc, c.sae.W_dec_cd, _pairs(c, pairs), settings, c.seed
+    )
     fires = c.features.codes.sum() > 0
     strength_c = torch.where(fires & (gains_c < 0.98), 1 - gains_c, 0.0)
     return _with_strength(c, strength_c, "centre", after, f"learned gains from {pairs} pairs")
@@ -295,6 +265,8 @@ def _principal(c: Calibration, after: By, pairs: str) -> tuple[Affine, Affine]:
     covariance_dd = c.centred_nd.T @ c.centred_nd / len(c.centred_nd)
     vectors_dd = torch.linalg.eigh(covariance_dd.double()).eigenvectors
     codes_nd = (c.centred_nd.double() @ vectors_dd).float()
-    gains_d = learn_gains(c.centred_nd, codes_nd, vectors_dd.T.float(), _pairs(c, pairs), GainSettings(), c.seed)
+    gains_d = learn_gains(
+        c.centred_nd, codes_nd, vectors_dd.T.float(), _pairs(c, pairs), GainSettings(), c.seed
+    )
     centring = fit.centre(c.features.pooled_nd, c.groups(after), after)
     return centring, fit.principal_gains(c.centred_nd, gains_d.double(), vectors_dd)

@@ -82,7 +82,9 @@ class Affine:
     bias_ge: Tensor
 
     def __post_init__(self) -> None:
-        if len(self.weight_gde) != len(GROUPS[self.by]) or len(self.bias_ge) != len(self.weight_gde):
+        if len(self.weight_gde) != len(GROUPS[self.by]) or len(self.bias_ge) != len(
+            self.weight_gde
+        ):
             raise ValueError(f"{self.name}: {len(self.weight_gde)} groups, by {self.by}")
 
     def group(self, role: int, kind: int) -> int:
@@ -109,9 +111,9 @@ class Gate:
     """Tells text, image and both apart by two hyperplanes, from the mean of the raw tokens.
 
     The mean is asked whatever the readout's pooling: a last token after a "one word" prompt is
-    (and should be) alike for a picture and its caption. `direction_2d` and `offset_2`: the first is positive for everything with an image, the second
-    for items with image and text. `margin` is the smallest distance of a calibration item from
-    its hyperplane, in units of the items' spread along it.
+    (and should be) alike for a picture and its caption. The first of `direction_2d`, `offset_2`
+    is positive for everything with an image, the second for items with image and text. `margin`
+    is the distance of the nearest calibration item from its hyperplane, in units of the mean one.
     """
 
     direction_2d: Tensor

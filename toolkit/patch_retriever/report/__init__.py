@@ -1,0 +1,1 @@
+"""The table of a build and the card of an export."""

@@ -18,9 +18,8 @@ tags:
 ---
 # {{ name }}
 
-`{{ base_model }}` as a retriever of images, texts and both, patched by
-[patch-retriever](https://pypi.org/project/patch-retriever/) {{ version }}. It loads with sentence-transformers alone, without
-`trust_remote_code`:
+`{{ base_model }}` as a retriever of images, texts and both, patched by patch-retriever
+{{ version }}. It loads with sentence-transformers alone, without `trust_remote_code`:
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -31,8 +30,8 @@ documents = model.encode_document([picture, {"image": picture, "text": "a captio
 scores = model.similarity(queries, documents)
 ```
 
-- **readout**: {{ readout }} (chosen on validation among {{ n_readouts }}).
-- **patch**: {{ exported }} ({{ setting }}); it needs {{ needs }}{% if operators %}: {{ operators }}{% endif %}.
+- **readout**: {{ readout }} ({{ chosen_how }}).
+- **patch**: {{ exported }} ({{ setting }}), which needs {{ needs }}; operators: {{ operators }}.
 - **live, exported and reloaded agree**: largest difference {{ golden }} on the golden inputs
   (`python golden/check.py` repeats the check where you are).
 - **data**: {{ data }}
@@ -51,4 +50,6 @@ scores = model.similarity(queries, documents)
 
 def model_card(**values: Any) -> str:
     """The card as Markdown; raises if a value is missing."""
-    return Environment(undefined=StrictUndefined, trim_blocks=True).from_string(_CARD).render(values)
+    return (
+        Environment(undefined=StrictUndefined, trim_blocks=True).from_string(_CARD).render(values)
+    )

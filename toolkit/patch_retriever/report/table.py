@@ -78,13 +78,18 @@ class Table:
         """For a terminal: R@1 of every task and the score with its interval against base."""
         tasks = list(self.base.test.hits_by_task)
         width = max(len(row.method) for row in self.rows) + 4
-        lines = [" " * width + "".join(f"{t.replace('t->i ', ''):>8}" for t in tasks) + "   score    against base"]
+        lines = [
+            " " * width
+            + "".join(f"{t.replace('t->i ', ''):>8}" for t in tasks)
+            + "   score    against base"
+        ]
         for needs in NEEDS:
             lines.append(f"needs {needs}")
             for row in self._of(needs):
                 cells = "".join(f"{100 * row.test.recalls(t)[0]:8.1f}" for t in tasks)
                 mark = "> " if row.method == self.exported else "  "
-                lines.append(f"{mark}{row.method:<{width - 2}}{cells}{100 * row.test.score:8.1f}    {_interval(self._to_base(row))}")
+                score = f"{100 * row.test.score:8.1f}    {_interval(self._to_base(row))}"
+                lines.append(f"{mark}{row.method:<{width - 2}}{cells}{score}")
         lines.append(f"> exported: best score on validation ({_setting(self.row(self.exported))})")
         return "\n".join(lines)
 

@@ -1,0 +1,1 @@
+"""Tasks, search, metrics, comparison."""

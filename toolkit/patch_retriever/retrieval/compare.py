@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from patch_retriever.data import SCENES
 from patch_retriever.errors import UserError
+from patch_retriever.progress import Say, silent
 from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap, evaluate_embeddings
 from patch_retriever.retrieval.metrics import CUTOFFS
 from patch_retriever.retrieval.pairs import pairs_collection, read_pairs, split_pairs
@@ -47,8 +48,12 @@ def load_model(name: str, device: str = "cpu") -> Any:
     folder = Path(name)
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{name}: no such model folder")
-    if folder.is_dir() and not ({p.name for p in folder.iterdir()} & {"modules.json", "config.json"}):
-        raise UserError(f"{name}: no model in this folder (modules.json and config.json are missing)")
+    if folder.is_dir() and not (
+        {p.name for p in folder.iterdir()} & {"modules.json", "config.json"}
+    ):
+        raise UserError(
+            f"{name}: no model in this folder (modules.json and config.json are missing)"
+        )
     try:
         return SentenceTransformer(name, device=device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -62,7 +67,7 @@ def compare_models(
     seed: int,
     device: str = "cpu",
     batch_size: int = 64,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> dict[str, Any]:
     """Every model's recalls; each after the first with its paired difference to the first."""
     bootstrap = PairedBootstrap({t.name: len(t.queries) for t in collection.tasks}, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from patch_retriever.errors import UserError
 from patch_retriever.files import write
 from patch_retriever.items import Item, PictureFile
+from patch_retriever.progress import Progress, no_progress
 
 
 def read_items(path: Path) -> list[Item]:
@@ -33,7 +34,11 @@ def read_items(path: Path) -> list[Item]:
             text, image = row.get("text"), row.get("image")
         except (ValueError, AttributeError):
             raise UserError(f"{path}:{number}: not a JSON object") from None
-        if not isinstance(text, str | None) or not isinstance(image, str | None) or not (text or image):
+        if (
+            not isinstance(text, str | None)
+            or not isinstance(image, str | None)
+            or not (text or image)
+        ):
             raise UserError(f'{path}:{number}: "text", "image" or both expected, as strings')
         items.append(Item(text or None, PictureFile(path.parent / image) if image else None))
     if not items:
@@ -47,7 +52,7 @@ def encode_file(
     out: Path,
     role: str,
     batch_size: int,
-    progress: Callable[..., Any] = lambda steps, total: steps,
+    progress: Progress = no_progress,
 ) -> tuple[int, int]:
     """Write the embeddings of `items` as a .npy file (n, d) in float32; returns its shape."""
     encode = model.encode_query if role == "query" else model.encode_document

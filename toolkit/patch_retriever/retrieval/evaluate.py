@@ -38,10 +38,7 @@ def evaluate(patches: Sequence[Patch], features: Features, collection: Collectio
     """Mean outcome of `patches` (several only for random controls) on a collection's tasks."""
     total: dict[str, NDArray[np.float64]] = {}
     for patch in patches:
-        sides = [
-            patch.embed(features, role).numpy()
-            for role in (QUERY, DOCUMENT)
-        ]
+        sides = [patch.embed(features, role).numpy() for role in (QUERY, DOCUMENT)]
         for name, found in evaluate_embeddings(sides[0], sides[1], collection).hits_by_task.items():
             total[name] = total.get(name, 0) + found / len(patches)
     return Outcome(total)
@@ -54,7 +51,11 @@ def evaluate_embeddings(
     return Outcome(
         {
             task.name: hits(
-                ranks(as_query_nd[list(task.queries)], as_document_nd[list(task.documents)], task.relevant)
+                ranks(
+                    as_query_nd[list(task.queries)],
+                    as_document_nd[list(task.documents)],
+                    task.relevant,
+                )
             )
             for task in collection.tasks
         }

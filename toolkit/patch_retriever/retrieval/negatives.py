@@ -13,7 +13,7 @@ from patch_retriever.retrieval.tasks import Task
 
 
 def hard_negatives(embeddings_nd: Tensor, tasks: Iterable[Task], per_query: int = 5) -> Tensor:
-    """(query item, wrong document item), the `per_query` most similar ones of each query, (n, 2)."""
+    """(query item, wrong document item), the `per_query` most similar of each query, (n, 2)."""
     unit = torch.nn.functional.normalize(embeddings_nd, dim=1).numpy()
     found: list[tuple[int, int]] = []
     for task in tasks:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash
 from patch_retriever.items import Item, PictureFile
+from patch_retriever.progress import Progress, no_progress
 from patch_retriever.retrieval.tasks import Collection, Task
 
 MIN_PAIRS = 50
@@ -40,7 +40,7 @@ class PairsRead:
 def read_pairs(
     source: Path,
     skip_bad: bool = False,
-    progress: Callable[[Sequence[Any], int], Any] = lambda rows, n: rows,
+    progress: Progress = no_progress,
 ) -> PairsRead:
     """Read and check pairs; every picture is decoded once, so that a bad one is found now.
 
@@ -60,7 +60,7 @@ def read_pairs(
     if not rows:
         raise UserError(
             f"{source}: no pairs in it; give one JSON object a line, "
-            '{"image": "path.jpg", "text": "what it shows"}, or pictures with .txt files beside them'
+            '{"image": "a.jpg", "text": "what it shows"}, or pictures with .txt files beside them'
         )
     pairs: list[Pair] = []
     skipped: list[str] = []
@@ -84,13 +84,13 @@ def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | None]]:
     """(where, picture path, text) of every row; what a row lacks is None."""
     if source.is_dir():
         tables = [source / name for name in ("pairs.jsonl", "metadata.jsonl")]
-        table = next((t for t in tables if t.is_file()), None)
-        if table is None:
+        found = [table for table in tables if table.is_file()]
+        if not found:
             for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in _PICTURES):
                 text = path.with_suffix(".txt")
                 yield str(path), path, text.read_text(encoding="utf-8") if text.is_file() else None
             return
-        source = table
+        source = found[0]
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, OSError) as error:
@@ -103,9 +103,11 @@ def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | None]]:
                 image = row.get("image", row.get("file_name"))
                 text = row.get("text")
             except (ValueError, AttributeError):
-                raise UserError(f'{where}: not a JSON object like {{"image": ..., "text": ...}}') from None
-            path = source.parent / image if isinstance(image, str) and image else None
-            yield where, path, text if isinstance(text, str) else None
+                raise UserError(
+                    f'{where}: not a JSON object like {{"image": ..., "text": ...}}'
+                ) from None
+            named = source.parent / image if isinstance(image, str) and image else None
+            yield where, named, text if isinstance(text, str) else None
 
 
 def _check(where: str, path: Path | None, text: str | None) -> Pair:
@@ -176,8 +178,20 @@ def pairs_collection(split: str, pairs: Sequence[Pair]) -> Collection:
     for position, pair in enumerate(pairs):
         of_text[number[_normal(pair.text)]].append(position)
     tasks = (
-        Task("t->i", "t->i", text_numbers, picture_numbers, tuple(tuple(of_text[t]) for t in text_numbers)),
-        Task("i->t", "i->t", picture_numbers, text_numbers, tuple((number[_normal(p.text)],) for p in pairs)),
+        Task(
+            "t->i",
+            "t->i",
+            text_numbers,
+            picture_numbers,
+            tuple(tuple(of_text[t]) for t in text_numbers),
+        ),
+        Task(
+            "i->t",
+            "i->t",
+            picture_numbers,
+            text_numbers,
+            tuple((number[_normal(p.text)],) for p in pairs),
+        ),
     )
     return Collection(split, (*text_items, *picture_items, *both_items), tasks)
 

@@ -1,4 +1,4 @@
-"""Retrieval tasks: which items are queries, which are documents, and which document answers which."""
+"""Retrieval tasks: which items are queries, which documents, and which document answers which."""
 
 from __future__ import annotations
 

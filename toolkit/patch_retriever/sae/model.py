@@ -30,7 +30,12 @@ class SparseAutoencoder(nn.Module):
     threshold_c: Tensor
 
     def __init__(
-        self, W_enc_dc: Tensor, b_enc_c: Tensor, W_dec_cd: Tensor, b_dec_d: Tensor, threshold_c: Tensor
+        self,
+        W_enc_dc: Tensor,
+        b_enc_c: Tensor,
+        W_dec_cd: Tensor,
+        b_dec_d: Tensor,
+        threshold_c: Tensor,
     ) -> None:
         super().__init__()
         self.register_buffer("W_enc_dc", W_enc_dc)
@@ -94,7 +99,9 @@ class SparseAutoencoder(nn.Module):
         try:
             config = json.loads((folder / CONFIG).read_text())
             if config["architecture"] != "jumprelu":
-                raise UserError(f"{folder}: an SAE of architecture {config['architecture']}; jumprelu is read")
+                raise UserError(
+                    f"{folder}: an SAE of architecture {config['architecture']}; jumprelu is read"
+                )
             t = load_file(folder / WEIGHTS)
             return cls(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], t["threshold"])
         except (OSError, ValueError, KeyError, SafetensorError) as error:

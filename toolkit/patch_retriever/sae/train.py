@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from patch_retriever.activations.store import Store
+from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.model import SparseAutoencoder
-
-if TYPE_CHECKING:
-    from patch_retriever.activations.collect import Progress
 
 
 @dataclass(frozen=True)
 class SAESettings:
     """How an SAE is trained."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # an unknown key in a config file is an error
+    __pydantic_config__: ClassVar = {
+        "extra": "forbid"
+    }  # an unknown key in a config file is an error
 
     expansion: int = 8
     """Concepts per dimension of the activations."""
@@ -43,7 +43,7 @@ class _TopK(nn.Module):
     def __init__(self, d: int, c: int, generator: torch.Generator) -> None:
         super().__init__()
         rows_cd = torch.randn(c, d, generator=generator)
-        rows_cd /= rows_cd.norm(dim=1, keepdim=True)
+        rows_cd = rows_cd / rows_cd.norm(dim=1, keepdim=True)
         self.W_dec_cd = nn.Parameter(rows_cd)
         self.W_enc_dc = nn.Parameter(rows_cd.T.clone())
         self.b_enc_c = nn.Parameter(torch.zeros(c))
@@ -62,11 +62,15 @@ class _TopK(nn.Module):
     @torch.no_grad()
     def unit_rows(self) -> None:
         """Keep every concept's direction at length one."""
-        self.W_dec_cd /= self.W_dec_cd.norm(dim=1, keepdim=True)
+        self.W_dec_cd.div_(self.W_dec_cd.norm(dim=1, keepdim=True))
 
 
 def train_sae(
-    store: Store, settings: SAESettings, seed: int, pooled_share: float, progress: Progress
+    store: Store,
+    settings: SAESettings,
+    seed: int,
+    pooled_share: float = 0.0,
+    progress: Progress = no_progress,
 ) -> tuple[SparseAutoencoder, dict[str, float]]:
     """Train on a store; returns the SAE (JumpReLU, raw activations) and figures about it.
 
@@ -141,7 +145,9 @@ def _fold(
     # halfway between the last activation that counts and the first that does not
     last_c = ranked_nc.gather(0, (counts_c - 1).clamp(min=0)[None])[0]
     next_c = ranked_nc.gather(0, counts_c.clamp(max=len(u_nc) - 1)[None])[0]
-    threshold_c = torch.where(counts_c > 0, (last_c + next_c) / 2, ranked_nc[0] * 1.01).clamp(min=1e-6)
+    threshold_c = torch.where(counts_c > 0, (last_c + next_c) / 2, ranked_nc[0] * 1.01).clamp(
+        min=1e-6
+    )
     return SparseAutoencoder(
         W_enc_dc, scale * b_enc_c, model.W_dec_cd.detach(), b_dec_d, threshold_c
     )

@@ -1,0 +1,1 @@
+"""The built-in procedural image-text world."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
@@ -46,9 +46,7 @@ def render(scene: Scene, view: int = 0) -> Image.Image:
     rng = random.Random(f"{scene.key}/{view}")
     canvas = Image.new("RGB", (IMAGE_SIZE * _OVER, IMAGE_SIZE * _OVER), RGB[scene.background])
     for thing in scene.things:
-        mask = _mask(
-            thing.shape, thing.fill, rng.choice(_RADII[thing.size]), rng.choice(_ANGLES)
-        )
+        mask = _mask(thing.shape, thing.fill, rng.choice(_RADII[thing.size]), rng.choice(_ANGLES))
         canvas.paste(RGB[thing.colour], _corner(thing, rng), mask)
     pixels_hwc = np.asarray(canvas.reduce(_OVER), dtype=np.float32)
     light = rng.uniform(0.85, 1.1) + rng.uniform(-0.08, 0.08) * np.linspace(
@@ -71,7 +69,7 @@ def _corner(thing: Thing, rng: random.Random) -> tuple[int, int]:
     )
 
 
-@lru_cache(maxsize=None)  # 8 shapes x 3 fills x 6 radii x 7 angles: 1008 masks of 5 kB
+@cache  # 8 shapes x 3 fills x 6 radii x 7 angles: 1008 masks of 5 kB
 def _mask(shape: str, fill: str, radius: float, angle: int) -> Image.Image:
     """Coverage (0..255) of one shape on a cell of the large canvas."""
     mask = _silhouette(shape, radius, angle)

@@ -123,4 +123,3 @@ def scenes_collection(split: str, n: int, seed: int) -> Collection:
         Task("it->it", "it->it", composed, titled, result),
     )
     return Collection(split, tuple(items), tasks)
-

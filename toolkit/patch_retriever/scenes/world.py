@@ -54,9 +54,7 @@ class Scene:
     @property
     def key(self) -> str:
         """The scene's content as one string: equal scenes have equal keys."""
-        things = ";".join(
-            f"{t.place},{t.shape},{t.colour},{t.size},{t.fill}" for t in self.things
-        )
+        things = ";".join(f"{t.place},{t.shape},{t.colour},{t.size},{t.fill}" for t in self.things)
         return f"{self.background}|{things}"
 
     @property
@@ -160,7 +158,7 @@ def near_misses(scene: Scene, split: str | None = None) -> list[Scene]:
     for i, thing in enumerate(scene.things):
         for attribute, values in options.items():
             for value in values:
-                changed = replace(thing, **{attribute: value})
+                changed = replace(thing, **{attribute: value})  # type: ignore[arg-type]
                 near.append(
                     replace(scene, things=(*scene.things[:i], changed, *scene.things[i + 1 :]))
                 )

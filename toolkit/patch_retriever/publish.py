@@ -1,0 +1,125 @@
+"""The end of a build: export, golden check, and the folder that users load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
+
+import patch_retriever
+from patch_retriever.backbones.load import with_readout
+from patch_retriever.backbones.readout import Readout
+from patch_retriever.config import BuildConfig
+from patch_retriever.data import Data
+from patch_retriever.errors import UserError
+from patch_retriever.files import write, write_json, write_text
+from patch_retriever.golden import check_golden, write_golden
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.export import export_modules
+from patch_retriever.report.card import model_card
+from patch_retriever.report.table import EXPLANATION
+from patch_retriever.retriever import PatchedRetriever
+from patch_retriever.stages import load_readout
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+
+
+def export(
+    transformer: Transformer, readout: Readout, selected: Path, data: Data, folder: Path
+) -> None:
+    """Write the model as stock sentence-transformers modules and check it in a fresh process.
+
+    Raises:
+        UserError: the export differs from the live model by more than 1e-5 (float32).
+    """
+    patch = Patch.load(selected / "patch")
+    retriever = PatchedRetriever(with_readout(transformer, readout), patch)
+    width = transformer.get_embedding_dimension()
+    modules = [transformer, *export_modules(patch, width, readout.pooling)]
+    model = SentenceTransformer(modules=modules, device=str(retriever.device))
+    try:
+        model.save(str(folder), create_model_card=False)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error})") from None
+    items = data.splits["validation"].items
+    golden = [
+        i for kind in ("text", "image", "both") for i in [x for x in items if x.kind == kind][:3]
+    ]
+    write_golden(folder, retriever, golden)
+    largest = check_golden(folder)
+    write_json(folder / "golden" / "result.json", {"max_abs_diff": largest})
+
+
+def publish(
+    out: Path,
+    exported: Path,
+    selected: Path,
+    evaluated: Path,
+    concepts: Path,
+    readouts: Path,
+    data: Data,
+    config: BuildConfig,
+) -> None:
+    """Put the export, the patch, the report and the card into `out`; `modules.json` comes last,
+    so that a half-published folder does not load."""
+    (out / "modules.json").unlink(missing_ok=True)
+    files = [(p, out / p.relative_to(exported)) for p in sorted(exported.rglob("*"))]
+    files += [(p, out / "patch" / p.name) for p in sorted((selected / "patch").iterdir())]
+    files += [(p, out / "report" / p.name) for p in sorted(evaluated.iterdir())]
+    files += [(selected / "selection.json", out / "report" / "selection.json")]
+    files += [(concepts / "concepts.parquet", out / "report" / "concepts.parquet")]
+    files = [
+        (a, b) for a, b in files if a.is_file() and a.name not in ("done.json", "modules.json")
+    ]
+    for source, target in files:
+        write(target, partial(shutil.copyfile, source))
+    card = _card(
+        out.name, Patch.load(selected / "patch"), exported, evaluated, readouts, data, config
+    )
+    write_text(out / "README.md", card)
+    write(out / "modules.json", partial(shutil.copyfile, exported / "modules.json"))
+
+
+def _card(
+    name: str,
+    patch: Patch,
+    exported: Path,
+    evaluated: Path,
+    readouts: Path,
+    data: Data,
+    config: BuildConfig,
+) -> str:
+    """The model card, from the finished stages."""
+    report = json.loads((evaluated / "table.json").read_text())
+    golden = json.loads((exported / "golden" / "result.json").read_text())["max_abs_diff"]
+    tried = json.loads((readouts / "readout.json").read_text())["scores"]
+    better = [r["method"] for r in report["rows"] if r["score_minus_exported"]["low"] > 0]
+    operators = [step.name for step in patch.maps]
+    if patch.subtract is not None:
+        operators.insert(0, f"subtract {len(patch.subtract.concepts_m)} concepts")
+    texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
+    return model_card(
+        name=name,
+        base_model=config.model,
+        version=patch_retriever.__version__,
+        example=texts[0],
+        readout=load_readout(readouts).name,
+        chosen_how=f"chosen on validation among {len(tried)}" if tried else "the preset's",
+        exported=patch.about["method"],
+        setting=", ".join(f"{k} {v}" for k, v in patch.about["setting"].items()) or "no settings",
+        needs=patch.about["needs"],
+        operators=", ".join(operators) or "none",
+        golden=f"{golden:.1g}",
+        data=data.about,
+        warning=data.warning,
+        explanation=EXPLANATION,
+        table=(evaluated / "table.md").read_text().strip(),
+        verdict=f"On test, {', '.join(better) or 'no row'} scored significantly better on average "
+        "than the exported choice.",
+    )

@@ -1,0 +1,268 @@
+"""The stages of a build, each a function from finished inputs to files in a folder.
+
+They can be called alone; `build` is all of them in their order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import patch_retriever
+from patch_retriever.activations.collect import collect_features, collect_pooled
+from patch_retriever.activations.store import Store
+from patch_retriever.backbones.families import n_layers
+from patch_retriever.backbones.readout import PAPER_READOUT, Readout, readout_grid
+from patch_retriever.concepts.scores import ConceptTable, score_concepts
+from patch_retriever.config import BuildConfig
+from patch_retriever.data import SPLITS, Data
+from patch_retriever.features import Features
+from patch_retriever.files import write_json, write_text
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.fit import fit_gate
+from patch_retriever.patch.methods import Method, methods
+from patch_retriever.progress import Progress
+from patch_retriever.report.table import Row, Table
+from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_embeddings
+from patch_retriever.retrieval.negatives import hard_negatives
+from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.train import train_sae
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+
+
+def choose_readout(
+    transformer: Transformer,
+    data: Data,
+    config: BuildConfig,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Try every readout of the grid on validation; writes `readout.json` (all scores, the best)."""
+    if config.preset == "paper":
+        write_json(folder / "readout.json", {"chosen": PAPER_READOUT.to_json(), "scores": {}})
+        return
+    validation = data.splits["validation"]
+    grid = list(readout_grid(n_layers(transformer.model)))
+    pooled = collect_pooled(transformer, validation.items, grid, config.batch_size, progress)
+    scores = {}
+    for readout, pooled_nd in pooled.items():
+        unit_nd = _unit(pooled_nd)
+        scores[readout] = evaluate_embeddings(unit_nd, unit_nd, validation).score
+    best = max(scores, key=lambda readout: scores[readout])
+    write_json(
+        folder / "readout.json",
+        {"chosen": best.to_json(), "scores": {readout.name: s for readout, s in scores.items()}},
+    )
+
+
+def load_readout(folder: Path) -> Readout:
+    """The readout that `choose_readout` chose."""
+    return Readout.from_json(json.loads((folder / "readout.json").read_text())["chosen"])
+
+
+def learn_concepts(
+    store: Path, readout: Readout, config: BuildConfig, folder: Path, progress: Progress
+) -> None:
+    """Train the SAE on a store; half of what it sees are the tokens that a last-token readout
+    pools."""
+    share = 0.5 if readout.pooling == "lasttoken" else 0.0
+    sae, figures = train_sae(Store(store), config.sae, config.seed, share, progress)
+    sae.save(folder, figures)
+
+
+def _unit(pooled_nd: Tensor) -> Any:
+
+    return torch.nn.functional.normalize(pooled_nd, dim=1).numpy()
+
+
+def collect_splits(
+    transformer: Transformer,
+    data: Data,
+    readout: Readout,
+    sae_folder: Path,
+    folder: Path,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Pooled vectors and pooled codes of every split, one file each."""
+    sae = SparseAutoencoder.load(sae_folder).to(next(transformer.parameters()).device)
+    for split in SPLITS:
+        collection = data.splits[split]
+        kinds_n = torch.from_numpy(collection.kinds())
+        found = collect_features(
+            transformer, collection.items, readout, sae, kinds_n, batch_size, progress
+        )
+        found.save(folder / f"{split}.safetensors")
+
+
+def score(data: Data, features: Path, sae_folder: Path, folder: Path) -> None:
+    """Score every concept on calibration; writes `concepts.parquet`."""
+    calibration = Features.load(features / "calibration.safetensors")
+    collection = data.splits["calibration"]
+    crossing = [task for task in collection.tasks if task.direction in ("t->i", "i->t")]
+    raw_nd = calibration.pooled_nd
+    means_kd = torch.stack([raw_nd[calibration.kinds_n == kind].mean(0) for kind in range(3)])
+    centred_nd = raw_nd - means_kd[calibration.kinds_n.long()]
+    score_concepts(
+        calibration,
+        SparseAutoencoder.load(sae_folder).W_dec_cd,
+        torch.from_numpy(collection.pairs(("t->i", "i->t"))),
+        hard_negatives(raw_nd, crossing),
+        hard_negatives(centred_nd, crossing),
+    ).save(folder / "concepts.parquet")
+
+
+def load_calibration(
+    readout: Readout, data: Data, features: Path, sae_folder: Path, concepts: Path, seed: int
+) -> Calibration:
+    """What the methods learn from, and a gate where it holds on validation too."""
+    found = Features.load(features / "calibration.safetensors")
+    held_out = Features.load(features / "validation.safetensors")
+    gate = fit_gate(found.mean_nd, found.kinds_n)
+    if gate is not None and not bool((gate.kinds(held_out.mean_nd) == held_out.kinds_n).all()):
+        gate = None
+    collection = data.splits["calibration"]
+    queries = sorted({i for task in collection.tasks for i in task.queries})
+    documents = sorted({i for task in collection.tasks for i in task.documents})
+    directions = dict.fromkeys(task.direction for task in collection.tasks)
+    return Calibration(
+        readout.site,
+        found,
+        SparseAutoencoder.load(sae_folder),
+        ConceptTable.load(concepts / "concepts.parquet"),
+        gate,
+        torch.tensor(queries),
+        torch.tensor(documents),
+        {direction: torch.from_numpy(collection.pairs((direction,))) for direction in directions},
+        seed,
+    )
+
+
+def select(
+    calibration: Calibration,
+    data: Data,
+    features: Path,
+    readout: Readout,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Every method's best setting on validation, and the best method of all.
+
+    Writes `selection.json` and the best method's patch, with its reasons, under `patch/`.
+    """
+    held_out, collection = (
+        Features.load(features / "validation.safetensors"),
+        data.splits["validation"],
+    )
+    choices: list[dict[str, Any]] = []
+    best_patch, best_score = None, -1.0
+    found = list(methods(calibration))
+    for method in progress(found, len(found)):
+        scored = []
+        for setting in method.grid:
+            patches = method.make(**setting)
+            scored.append((evaluate(patches, held_out, collection).score, setting))
+            if not method.control and scored[-1][0] > best_score:
+                (best_patch,), best_score, chosen = patches, scored[-1][0], len(choices)
+        top, setting = max(scored, key=lambda pair: pair[0])
+        choices.append(
+            {
+                "method": method.name,
+                "needs": method.needs,
+                "control": method.control,
+                "setting": setting,
+                "validation_score": top,
+                "tried": [{"setting": s, "validation_score": v} for v, s in scored],
+            }
+        )
+    assert best_patch is not None
+    write_json(
+        folder / "selection.json", {"exported": choices[chosen]["method"], "methods": choices}
+    )
+    about = _provenance(best_patch, calibration, readout, choices[chosen])
+    replace(best_patch, about=about).save(folder / "patch")
+
+
+def _provenance(
+    patch: Patch, calibration: Calibration, readout: Readout, choice: dict[str, Any]
+) -> dict[str, Any]:
+    """How a patch was made: readout, method, and every concept with strength, reason and scores."""
+    concepts = []
+    if patch.subtract is not None:
+        scores = vars(calibration.concepts)
+        for number, strength in zip(
+            patch.subtract.concepts_m.tolist(), patch.subtract.strength_m.tolist(), strict=True
+        ):
+            entry = {
+                name: float(f"{float(score_c[number]):.6g}") for name, score_c in scores.items()
+            }
+            concepts.append({"concept": number, "strength": float(f"{strength:.6g}"), **entry})
+    return {
+        "made_by": f"patch-retriever {patch_retriever.__version__}",
+        "readout": readout.to_json(),
+        "method": choice["method"],
+        "needs": choice["needs"],
+        "setting": choice["setting"],
+        "reason": patch.about.get("reason", ""),
+        "concepts": concepts,
+    }
+
+
+def evaluate_on_test(
+    calibration: Calibration,
+    transformer: Transformer,
+    data: Data,
+    features: Path,
+    selected: Path,
+    config: BuildConfig,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """All methods, each in the setting that validation chose, on the test split; writes the
+    table as JSON, Markdown and text."""
+    selection = json.loads((selected / "selection.json").read_text())
+    chosen = {choice["method"]: choice for choice in selection["methods"]}
+    collection = data.splits["test"]
+    pooled = collect_pooled(
+        transformer, collection.items, [PAPER_READOUT], config.batch_size, progress
+    )
+    paper = _unit(pooled[PAPER_READOUT])
+    rows = [
+        Row(
+            "base, the paper's readout",
+            "nothing",
+            {},
+            None,
+            False,
+            evaluate_embeddings(paper, paper, collection),
+        )
+    ]
+    test = Features.load(features / "test.safetensors")
+    found: Sequence[Method] = list(methods(calibration))
+    for method in progress(found, len(found)):
+        choice = chosen[method.name]
+        outcome = evaluate(method.make(**choice["setting"]), test, collection)
+        rows.append(
+            Row(
+                method.name,
+                method.needs,
+                choice["setting"],
+                choice["validation_score"],
+                method.control,
+                outcome,
+            )
+        )
+    sizes = {task.name: len(task.queries) for task in collection.tasks}
+    table = Table(tuple(rows), selection["exported"], PairedBootstrap(sizes, config.seed))
+    write_json(folder / "table.json", table.to_json())
+    write_text(folder / "table.md", table.to_markdown() + "\n")
+    write_text(folder / "table.txt", table.to_text() + "\n")
