@@ -110,6 +110,7 @@ class CellHead(nn.Module):
         self.linear = nn.Linear(4 * width, sum(self.n_classes))
 
     def forward(self, tokens_npd: Tensor) -> list[Tensor]:
+        """Logits (n, 9, classes) of each attribute from patch tokens (n, patches, width)."""
         n, p, d = tokens_npd.shape
         side = math.isqrt(p) // 3
         grid = tokens_npd.view(n, 3, side, 3, side, d).permute(0, 1, 3, 2, 4, 5)
@@ -212,7 +213,7 @@ def train_language(
     """Stage 2: everything, with the causal language-model loss on conversations."""
     stream = batches(scenes, encoder, seed, batch_size=80, text_share=0.2)
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(_step: int) -> Tensor:
         batch = next(stream)
         ids, labels, attention = encoder.pad([c for _, c in batch])
         seen = [i for i, c in batch if c.with_image]

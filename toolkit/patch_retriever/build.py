@@ -19,15 +19,16 @@ from patch_retriever.config import BuildConfig
 from patch_retriever.data import (
     SCENES,
     Data,
-    fingerprint,
     pairs_data,
     prepare_pairs,
     scenes_data,
 )
+from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
-from patch_retriever.runs import MARKER, Run, check_out
+from patch_retriever.retrieval.pairs import pairs_fingerprint
+from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.stages import (
     choose_readout,
     collect_splits,
@@ -70,6 +71,10 @@ def build_retriever(
     config = config or BuildConfig.read(None, **settings)
     out = Path(out)
     check_out(out)
+    if is_ours(Path(config.model)):
+        raise UserError(
+            f"{config.model}: patched already; build from the model that it was made of"
+        )
     transformer = load_backbone(config.model, config.dtype, config.device)
     with Run(out / "run", say) as run:
         write_json(out / MARKER, config.model_dump())
@@ -147,12 +152,11 @@ def _data(run: Run, config: BuildConfig, progress: Progress) -> Data:
         )
         return scenes_data(sizes, config.seed)
     source = Path(config.pairs)
-    key = fingerprint(source) if source.exists() else None
     folder = run.stage(
         "data",
         lambda folder: prepare_pairs(source, folder, config.seed, config.skip_bad, progress),
         pairs=str(source),
-        files=key,
+        files=pairs_fingerprint(source),
         seed=config.seed,
         skip_bad=config.skip_bad,
     )

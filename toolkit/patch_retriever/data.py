@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.files import write_json
 from patch_retriever.items import PictureFile
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.pairs import (
@@ -42,17 +42,6 @@ def scenes_data(sizes: dict[str, int], seed: int) -> Data:
         + f"; galleries of {3 * sizes['test']} items on test, near misses among them."
     )
     return Data(splits, about)
-
-
-def fingerprint(source: Path) -> str:
-    """Changes when the pairs file, the folder's listing or any file beside it changes."""
-    root = source if source.is_dir() else source.parent
-    listing = sorted(
-        (str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns)
-        for p in root.rglob("*")
-        if p.is_file()
-    )
-    return value_hash([listing, "" if source.is_dir() else file_hash(source)])
 
 
 def prepare_pairs(

@@ -20,7 +20,8 @@ from patch_retriever.items import Item
 if TYPE_CHECKING:
     from patch_retriever.retriever import PatchedRetriever
 
-TOLERANCE = 1e-5
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
+"""Largest absolute difference of unit embeddings that counts as agreement, by the model's dtype."""
 FOLDER = "golden"
 
 CHECK = '''\
@@ -55,9 +56,10 @@ found = {
 }
 expected["one_by_one"] = expected["document"]
 largest = max(float((found[k].float() - expected[k]).abs().max()) for k in found)
-print(json.dumps({"max_abs_diff": largest, "items": len(items)}))
-sys.exit(0 if largest <= TOLERANCE else 1)
-'''.replace("TOLERANCE", repr(TOLERANCE))
+dtype = str(model.dtype).removeprefix("torch.")
+print(json.dumps({"max_abs_diff": largest, "dtype": dtype, "items": len(items)}))
+sys.exit(0 if largest <= TOLERANCES[dtype] else 1)
+'''.replace("TOLERANCES", repr(TOLERANCES))
 
 
 def write_golden(folder: Path, retriever: PatchedRetriever, items: Sequence[Item]) -> None:
@@ -85,18 +87,20 @@ def check_golden(folder: Path) -> float:
     """Run the export's script in a fresh process; returns the largest absolute difference.
 
     Raises:
-        UserError: the export does not load, or differs from the live model by more than 1e-5.
+        UserError: the export does not load, or differs from the live model by more than its dtype
+            allows (1e-5 in float32).
     """
     script = folder / FOLDER / "check.py"
     done = subprocess.run([sys.executable, "-I", str(script)], capture_output=True, text=True)
     try:
-        largest = float(json.loads(done.stdout.strip().splitlines()[-1])["max_abs_diff"])
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        largest, tolerance = float(found["max_abs_diff"]), TOLERANCES[found["dtype"]]
     except (IndexError, ValueError, KeyError):
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"{folder}: the exported model does not load ({reason})") from None
-    if not largest <= TOLERANCE:
+    if not largest <= tolerance:
         raise UserError(
             f"{folder}: the exported model differs from the live one by {largest:.2g} "
-            f"(more than {TOLERANCE:g}) on its golden inputs"
+            f"(more than {tolerance:g}) on its golden inputs"
         )
     return largest

@@ -79,14 +79,23 @@ class Item:
         return "image" if self.text is None else "both"
 
     def load(self) -> list[dict[str, Any]]:
-        """The item as sentence-transformers takes it: a chat of one message, image first.
+        """The item for a model with a chat template: a chat of one message, image first.
 
         Not a bare string, since one that names an image file or an address would be fetched as
         an image.
         """
-        content: list[dict[str, Any]] = []
-        if self.picture is not None:
-            content.append({"type": "image", "image": self.picture.open()})
-        if self.text is not None:
-            content.append({"type": "text", "text": self.text})
+        content = [
+            {"type": part, part: value}
+            for part, value in self._parts().items()
+            if value is not None
+        ]
         return [{"role": "user", "content": content}]
+
+    def load_plain(self) -> Any:
+        """The item for any sentence-transformers model: a text, a picture, or a dict of both."""
+        parts = {part: value for part, value in self._parts().items() if value is not None}
+        return parts if len(parts) == 2 else next(iter(parts.values()))
+
+    def _parts(self) -> dict[str, Any]:
+        picture = None if self.picture is None else self.picture.open()
+        return {"image": picture, "text": self.text}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from patch_retriever.patch.export import export_modules
 from patch_retriever.report.card import model_card
 from patch_retriever.report.table import EXPLANATION
 from patch_retriever.retriever import PatchedRetriever
+from patch_retriever.runs import DONE
 from patch_retriever.stages import load_readout
 
 if TYPE_CHECKING:
@@ -69,21 +71,41 @@ def publish(
     """Put the export, the patch, the report and the card into `out`; `modules.json` comes last,
     so that a half-published folder does not load."""
     (out / "modules.json").unlink(missing_ok=True)
-    files = [(p, out / p.relative_to(exported)) for p in sorted(exported.rglob("*"))]
-    files += [(p, out / "patch" / p.name) for p in sorted((selected / "patch").iterdir())]
-    files += [(p, out / "report" / p.name) for p in sorted(evaluated.iterdir())]
-    files += [(selected / "selection.json", out / "report" / "selection.json")]
-    files += [(concepts / "concepts.parquet", out / "report" / "concepts.parquet")]
-    files = [
-        (a, b) for a, b in files if a.is_file() and a.name not in ("done.json", "modules.json")
-    ]
-    for source, target in files:
-        write(target, partial(shutil.copyfile, source))
+    sources = {p.relative_to(exported): p for p in exported.rglob("*") if p.is_file()}
+    sources |= {Path("patch", p.name): p for p in (selected / "patch").iterdir()}
+    sources |= {Path("report", p.name): p for p in evaluated.iterdir()}
+    for path in (selected / "selection.json", concepts / "concepts.parquet"):
+        sources[Path("report", path.name)] = path
+    last = sources.pop(Path("modules.json"))
+    sources = {name: path for name, path in sources.items() if name.name != DONE}
+    _remove_what_was_published(out, keep={str(name) for name in sources})
+    for name, path in sources.items():
+        write(out / name, partial(_link_or_copy, path))
     card = _card(
         out.name, Patch.load(selected / "patch"), exported, evaluated, readouts, data, config
     )
     write_text(out / "README.md", card)
-    write(out / "modules.json", partial(shutil.copyfile, exported / "modules.json"))
+    write(out / "modules.json", partial(_link_or_copy, last))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """The same bytes at `target`, without room of their own where the file system can."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _remove_what_was_published(out: Path, keep: set[str]) -> None:
+    """Delete what an earlier build with other settings left here, and remember what is ours."""
+    record = out / "run" / "published.json"
+    before = json.loads(record.read_text()) if record.is_file() else []
+    for name in set(before) - keep:
+        (out / name).unlink(missing_ok=True)
+        if (out / name).parent != out and not any((out / name).parent.iterdir()):
+            (out / name).parent.rmdir()
+    write_json(record, sorted(keep))
 
 
 def _card(

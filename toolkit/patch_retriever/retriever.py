@@ -53,12 +53,8 @@ class PatchedRetriever(SentenceTransformer):
         patch = Patch.load(Path(folder) / "patch")
         if "readout" not in patch.about:
             raise UserError(f"{folder}: its patch does not say which readout it belongs to")
-        transformer = load_backbone(str(folder), device=device)
-        # the exported template holds the readout already
         readout = Readout.from_json(patch.about["readout"])
-        template = transformer.processor.chat_template
-        transformer.__dict__["_own_template"] = readout.prompt.unwrap(template)
-        return cls(with_readout(transformer, readout), patch)
+        return cls(with_readout(load_backbone(str(folder), device=device), readout), patch)
 
     def get_model_kwargs(self) -> list[str]:
         """The arguments of `encode` that reach the forward pass."""

@@ -15,7 +15,7 @@ from patch_retriever.progress import Say
 
 MARKER = "patch-retriever.json"
 """The file that says that a folder was made by `build`; it holds the resolved settings."""
-_DONE = "done.json"
+DONE = "done.json"
 _FORMAT = 1
 """Raised when a stage's files change meaning, so that old results are built again."""
 
@@ -104,12 +104,12 @@ class Run:
         work(folder)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         hashes = {str(p.relative_to(folder)): file_hash(p) for p in files}
-        write_json(folder / _DONE, {"key": key, "files": hashes})
+        write_json(folder / DONE, {"key": key, "files": hashes})
         return folder
 
     def _is_done(self, folder: Path, key: str) -> bool:
         try:
-            done = json.loads((folder / _DONE).read_text())
+            done = json.loads((folder / DONE).read_text())
         except (OSError, ValueError):
             return False
         if done.get("key") != key:

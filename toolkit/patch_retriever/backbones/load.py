@@ -109,14 +109,9 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def chat_template(transformer: Transformer) -> str:
-    """The processor's own chat template, before any readout was written into it."""
-    return transformer.__dict__.setdefault("_own_template", transformer.processor.chat_template)
-
-
 def set_readout(transformer: Transformer, readout: Readout) -> None:
     """Make `transformer` read items as `readout` says (its pooling aside)."""
-    transformer.processor.chat_template = readout.prompt.wrap(chat_template(transformer))
+    transformer.processor.chat_template = readout.prompt.wrap(transformer.processor.chat_template)
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1

@@ -29,22 +29,17 @@ class Prompt:
     """Whether the assistant's turn is opened, so that the last token is where an answer begins."""
 
     def wrap(self, chat_template: str) -> str:
-        """`chat_template` with this prompt added to every user turn.
+        """`chat_template` with this prompt added to every user turn, in place of any other's.
 
         The wrapper also puts images before texts, so that the order of keys in
         `{"image": ..., "text": ...}` does not change the embedding.
         """
-        return self._head() + chat_template
-
-    def unwrap(self, chat_template: str) -> str:
-        """The inverse of `wrap`."""
-        return chat_template.removeprefix(self._head())
-
-    def _head(self) -> str:
         head = _WRAPPER
         for kind in ("text", "image", "both"):
             head = head.replace(f"@{kind}@", json.dumps(getattr(self, kind)))
-        return head + ("{%- set add_generation_prompt = true -%}" if self.generation_prompt else "")
+        if self.generation_prompt:
+            head += "{%- set add_generation_prompt = true -%}"
+        return head + _END + own_template(chat_template)
 
 
 _WRAPPER = """\
@@ -70,6 +65,13 @@ _WRAPPER = """\
 {%- endfor -%}
 {%- set messages = readout.messages -%}
 """
+_END = "{#- end of the readout -#}"
+
+
+def own_template(chat_template: str) -> str:
+    """The model's own chat template, without any readout that was written into it."""
+    return chat_template.rpartition(_END)[2]
+
 
 PLAIN = Prompt("plain")
 PAPER = Prompt(

@@ -41,7 +41,7 @@ def doctor() -> None:
     click.echo(f"  faiss: {', '.join(builds) or 'none'}")
     if len(builds) != 1:
         problems.append(
-            "exactly one FAISS is needed: pip install 'patch-retriever[cpu]' or 'patch-retriever[gpu]'"
+            "exactly one FAISS is needed: pip install 'patch-retriever[cpu]', or [gpu] instead"
         )
     try:
         import faiss  # noqa: F401

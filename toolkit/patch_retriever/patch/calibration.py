@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ class Calibration:
     document_items: Tensor
     pairs: Mapping[str, Tensor]
     seed: int
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What methods have learned already, by their settings."""
+
+    @property
+    def sides(self) -> tuple[By, ...]:
+        """What statistics can tell apart, coarse to fine: roles, and modalities with a gate."""
+        return ("role", "modality") if self.gate is not None else ("role",)
 
     @property
     def kinds_n(self) -> Tensor:

@@ -171,7 +171,7 @@ def fit_gate(mean_nd: Tensor, kinds_n: Tensor) -> Gate | None:
             directions.append(torch.zeros(x_nd.shape[1]).double())
             offsets.append(torch.tensor(1.0 if positive_n.all() else -1.0).double())
             continue
-        machine = LinearSVC(C=10.0, tol=1e-6, max_iter=20_000, random_state=0).fit(z, positive_n)
+        machine = LinearSVC(C=1.0, tol=1e-6, max_iter=20_000, random_state=0).fit(z, positive_n)
         direction_d = torch.from_numpy(machine.coef_[0]) / scale
         offset = torch.tensor(float(machine.intercept_[0])) - direction_d @ mean_d
         signed_n = (x_nd @ direction_d + offset) * torch.where(torch.from_numpy(positive_n), 1, -1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,11 @@ from patch_retriever.patch.operators import Affine, By, Subtract
 Needs = Literal["nothing", "unpaired items", "pairs"]
 Setting = dict[str, Any]
 
+_BY_NAME = {"all": "all items", "role": "per side", "modality": "per modality"}
+_BETAS = (0.1, 0.3, 0.5, 0.8)
+_N_CONCEPTS = (16, 64, 128, 256, 512)
+_DRAWS = 3  # of every random control
+
 
 @dataclass(frozen=True)
 class Method:
@@ -37,236 +41,234 @@ class Method:
 
 
 def methods(c: Calibration) -> Iterator[Method]:
-    """All rows, in the order of the table. Without a gate (kinds that no hyperplane tells apart)
-    statistics per modality cannot be exported, and their rows are left out."""
-    modality: tuple[By, ...] = ("modality",) if c.gate is not None else ()
-    sides: tuple[By, ...] = ("role", *modality)
-    after: By = "modality" if c.gate is not None else "role"
-    names = {"all": "all items", "role": "per side", "modality": "per modality"}
-    ns = tuple(n for n in (16, 64, 128, 256, 512) if n < c.sae.n_concepts)
-    by_n = tuple({"n": n, "then": then} for n in ns for then in ("nothing", "centre"))
+    """All rows, in the order of the table.
 
-    def method(
-        name: str,
-        needs: Needs,
-        make: Callable[..., list[Patch]],
-        *grid: Setting,
-        control: bool = False,
-    ) -> Method:
-        return Method(name, needs, make, tuple(grid) or ({},), control)
-
-    def maps(*steps: Affine, subtract: Subtract | None = None, reason: str = "") -> list[Patch]:
-        return [Patch(c.site, subtract, steps, c.gate, {"reason": reason})]
-
-    def removal(ranking_c: Tensor, n: int, then: str, reason: str) -> list[Patch]:
-        chosen = ranking_c.argsort(descending=True)[:n]
-        chosen = chosen[torch.isfinite(ranking_c[chosen])]
-        return [_subtracting(c, chosen, then, after, reason)]
-
-    yield method("base, chosen readout", "nothing", lambda: maps())
-    x_nd = c.features.pooled_nd
-    by_all: tuple[By, ...] = ("all", *sides)
-    for by in by_all:
-        yield method(
-            f"centring, {names[by]}",
-            "unpaired items",
-            lambda by=by: maps(fit.centre(x_nd, c.groups(by), by)),
-        )
-    for by in by_all:
-        yield method(
-            f"all-but-the-top, {names[by]}",
-            "unpaired items",
-            lambda r, by=by: maps(fit.all_but_the_top(x_nd, c.groups(by), by, r)),
-            *({"r": r} for r in (1, 2, 4, 8, 16)),
-        )
-    for by in sides:
-        yield method(
-            f"ReAlign, {names[by]}",
-            "unpaired items",
-            lambda beta, by=by: maps(fit.realign(x_nd, c.groups(by), by, beta)),
-            *({"beta": beta} for beta in (0.1, 0.3, 0.5, 0.8)),
-        )
-    dominant = torch.where(c.concepts.modality > TEXT_DOMINANT, c.concepts.energy, -torch.inf)
-    yield method(
-        "text-dominant concepts removed",
-        "unpaired items",
-        lambda n, then: removal(dominant, n, then, f"modality score above {TEXT_DOMINANT}"),
-        *by_n,
+    Without a gate (kinds that no hyperplane tells apart) statistics per modality cannot be
+    exported, and their rows are left out.
+    """
+    yield Method("base, chosen readout", "nothing", lambda: _patch(c))
+    yield from _geometry(c)
+    energy_of_text_c = torch.where(
+        c.concepts.modality > TEXT_DOMINANT, c.concepts.energy, -torch.inf
     )
-    yield method(
+    name = "text-dominant concepts removed"
+    yield from _removal(c, name, "unpaired items", energy_of_text_c, "text-dominant ones")
+    subspaces = tuple({"r": r} for r in (16, 64))
+    yield Method(
         "random subspace removed",
         "unpaired items",
         lambda r: _random_subspaces(c, r),
-        {"r": 16},
-        {"r": 64},
+        subspaces,
         control=True,
     )
-
-    attribution = c.concepts.attribution
-    yield method(
-        "attribution subspace removed (the paper's)",
-        "pairs",
-        lambda n: maps(
-            fit.remove_subspace(c.sae.W_dec_cd[attribution.argsort(descending=True)[:n]])
-        ),
-        *({"n": n} for n in (max(1, c.sae.n_concepts // 100), 32, 64)),
-    )
-    scores = {
-        "attribution": attribution,
+    yield _attribution_subspace(c)
+    rankings = {
+        "attribution": c.concepts.attribution,
         "discriminative attribution, raw": -c.concepts.discriminative,
         "discriminative attribution, centred": -c.concepts.discriminative_centred,
     }
-    for name, ranking_c in scores.items():
-        yield method(
-            f"removed by {name}",
-            "pairs",
-            lambda n, then, ranking_c=ranking_c, name=name: removal(ranking_c, n, then, name),
-            *by_n,
-        )
-        yield method(
-            f"random concepts, energy as by {name}",
-            "pairs",
-            lambda n, then, ranking_c=ranking_c: _random_concepts(c, ranking_c, n, then, after),
-            *by_n,
-            control=True,
-        )
-    gain_grid = tuple(
-        {"pairs": which, "sparsity": s} for which in ("text-image", "all") for s in (0.0, 0.3)
+    for name, ranking_c in rankings.items():
+        yield from _removal(c, f"removed by {name}", "pairs", ranking_c, f"by {name}")
+    yield from _gains(c)
+    if c.gate is not None and 0 in c.pairs_to_images:
+        yield from _alignment(c)
+
+
+def _patch(
+    c: Calibration, *maps: Affine, subtract: Subtract | None = None, reason: str = ""
+) -> list[Patch]:
+    return [Patch(c.site, subtract, maps, c.gate, {"reason": reason})]
+
+
+def _geometry(c: Calibration) -> Iterator[Method]:
+    """Centring, all-but-the-top, ReAlign."""
+    x_nd = c.features.pooled_nd
+
+    def row(name: str, by: By, fitted: Callable[..., Affine], *grid: Setting) -> Method:
+        def make(**setting: Any) -> list[Patch]:
+            return _patch(c, fitted(x_nd, c.groups(by), by, **setting))
+
+        return Method(f"{name}, {_BY_NAME[by]}", "unpaired items", make, grid or ({},))
+
+    for by in ("all", *c.sides):
+        yield row("centring", by, fit.centre)
+    for by in ("all", *c.sides):
+        yield row("all-but-the-top", by, fit.all_but_the_top, *({"r": 2**i} for i in range(5)))
+    for by in c.sides:
+        yield row("ReAlign", by, fit.realign, *({"beta": beta} for beta in _BETAS))
+
+
+def _removal(
+    c: Calibration, name: str, needs: Needs, ranking_c: Tensor, control: str
+) -> Iterator[Method]:
+    """Removal of the n concepts that `ranking_c` puts first (never those at -inf), then centring
+    or not; and its control, random concepts of matched energy."""
+    ns = [n for n in _N_CONCEPTS if n < c.sae.n_concepts]
+    grid = tuple({"n": n, "then": then} for n in ns for then in ("nothing", "centre"))
+
+    def first(n: int) -> Tensor:
+        chosen_m = ranking_c.argsort(descending=True)[:n]
+        return chosen_m[torch.isfinite(ranking_c[chosen_m])]
+
+    yield Method(
+        name, needs, lambda n, then: [_subtracting(c, _ones(c, first(n)), then, name)], grid
     )
-    gains = cache(lambda pairs, sparsity: _gains(c, after, pairs, sparsity))
-    yield method(
-        "learned gains", "pairs", lambda pairs, sparsity: [gains(pairs, sparsity)], *gain_grid
-    )
-    yield method(
-        "gains on principal components",
-        "pairs",
-        lambda pairs: maps(*_principal(c, after, pairs)),
-        {"pairs": "text-image"},
-        {"pairs": "all"},
-    )
-    if c.gate is None or 0 not in c.pairs_to_images:
-        return
-
-    def procrustes(before: tuple[Affine, ...] = (), subtract: Subtract | None = None) -> Affine:
-        return fit.procrustes(c.vectors_after(before, subtract), c.kinds_n, c.pairs_to_images)
-
-    def cca(shrinkage: float, subtract: Subtract | None = None) -> Affine:
-        d = x_nd.shape[1]
-        return fit.cca(
-            c.vectors_after((), subtract), c.kinds_n, c.pairs_to_images, shrinkage, min(d, 128)
-        )
-
-    yield method("Procrustes", "pairs", lambda: maps(procrustes()))
-    yield method(
-        "CCA",
-        "pairs",
-        lambda shrinkage: maps(cca(shrinkage)),
-        *({"shrinkage": s} for s in (0.1, 0.3, 0.5, 0.8)),
+    yield Method(
+        f"random concepts, energy as {control}",
+        needs,
+        lambda n, then: [
+            _subtracting(c, _ones(c, chosen_m), then, "random")
+            for chosen_m in _random_like(c, first(n))
+        ],
+        grid,
+        control=True,
     )
 
-    def pair(first: str, second: str, **setting: Any) -> list[Patch]:
-        subtract = None
-        if first == "gains":
-            subtract = gains(setting["pairs"], 0.0).subtract
-        elif first == "removal":
-            subtract = removal(
-                scores["discriminative attribution, centred"], setting["n"], "nothing", first
-            )[0].subtract
-        reason = f"{first} {setting}" if subtract is not None else ""
-        if second == "CCA":
-            return maps(cca(0.5, subtract), subtract=subtract, reason=reason)
-        whitened = fit.realign(
-            c.vectors_after((), subtract), c.groups("modality"), "modality", setting["beta"]
-        )
-        if second == "ReAlign":
-            return maps(whitened, subtract=subtract, reason=reason)
-        turned = procrustes((whitened,), subtract)
-        return maps(whitened, turned, subtract=subtract, reason=reason)
 
-    betas = (0.3, 0.5, 0.8)
-    pairs_grid: list[Setting] = [
-        {"first": "ReAlign", "second": "Procrustes", "beta": b} for b in betas
-    ]
-    for which in ("text-image", "all"):
-        pairs_grid += [
-            {"first": "gains", "second": s, "beta": b, "pairs": which}
-            for s in ("Procrustes", "ReAlign")
-            for b in betas
-        ]
-        pairs_grid.append({"first": "gains", "second": "CCA", "pairs": which})
-    for n in (64, 256):
-        pairs_grid += [
-            {"first": "removal", "second": s, "beta": 0.5, "n": n}
-            for s in ("Procrustes", "ReAlign")
-        ]
-    yield method("best pair of methods", "pairs", pair, *pairs_grid)
-
-
-def _subtracting(c: Calibration, chosen_m: Tensor, then: str, after: By, reason: str) -> Patch:
-    """Remove concepts whole, then centre or not."""
+def _ones(c: Calibration, chosen_m: Tensor) -> Tensor:
+    """Strength one for the chosen concepts, (c,)."""
     strength_c = torch.zeros(c.sae.n_concepts)
     strength_c[chosen_m] = 1.0
-    return _with_strength(c, strength_c, then, after, reason)
+    return strength_c
 
 
-def _with_strength(c: Calibration, strength_c: Tensor, then: str, after: By, reason: str) -> Patch:
+def _subtracting(c: Calibration, strength_c: Tensor, then: str, reason: str) -> Patch:
+    """Subtract concepts by strength, then centre as finely as can be exported, or not."""
     subtract = Subtract.from_sae(c.sae, strength_c)
-    steps: tuple[Affine, ...] = ()
+    maps: tuple[Affine, ...] = ()
     if then == "centre":
-        steps = (fit.centre(c.vectors_after((), subtract), c.groups(after), after),)
-    return Patch(c.site, subtract, steps, c.gate, {"reason": reason})
+        by = c.sides[-1]
+        maps = (fit.centre(c.vectors_after((), subtract), c.groups(by), by),)
+    return Patch(c.site, subtract, maps, c.gate, {"reason": reason})
 
 
-def _random_concepts(
-    c: Calibration, ranking_c: Tensor, n: int, then: str, after: By
-) -> list[Patch]:
-    """Three draws of random concepts, each as energetic as one that `ranking_c` puts first."""
+def _random_like(c: Calibration, chosen_m: Tensor) -> Iterator[Tensor]:
+    """Draws of random concepts, each at most ten places from a chosen one in order of energy."""
     order = c.concepts.energy.argsort(descending=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
-    chosen = ranking_c.argsort(descending=True)[:n]
-    patches = []
-    for draw in range(3):
+    for draw in range(_DRAWS):
         generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
-        # a neighbour in the order of energy, at most ten places away
-        shift = torch.randint(-10, 11, (n,), generator=generator)
-        neighbours = order[(place[chosen] + shift).clamp(0, len(order) - 1)]
-        patches.append(_subtracting(c, neighbours.unique(), then, after, "random"))
-    return patches
+        shift_m = torch.randint(-10, 11, (len(chosen_m),), generator=generator)
+        yield order[(place[chosen_m] + shift_m).clamp(0, len(order) - 1)].unique()
 
 
 def _random_subspaces(c: Calibration, r: int) -> list[Patch]:
-    """Three draws of a random subspace of rank `r`, removed."""
+    """Draws of a random subspace of rank `r`, removed."""
     d = c.features.pooled_nd.shape[1]
     generator = torch.Generator().manual_seed(c.seed * 1000)
-    draws = [torch.randn(min(r, d - 1), d, generator=generator) for _ in range(3)]
+    draws = [torch.randn(min(r, d - 1), d, generator=generator) for _ in range(_DRAWS)]
     return [Patch(c.site, None, (fit.remove_subspace(v),), c.gate) for v in draws]
+
+
+def _attribution_subspace(c: Calibration) -> Method:
+    """The paper's ablation: the span of the concepts of highest attribution (its top 1%, and
+    more)."""
+    order = c.concepts.attribution.argsort(descending=True)
+    return Method(
+        "attribution subspace removed (the paper's)",
+        "pairs",
+        lambda n: _patch(c, fit.remove_subspace(c.sae.W_dec_cd[order[:n]])),
+        tuple({"n": n} for n in (max(1, c.sae.n_concepts // 100), 32, 64)),
+    )
+
+
+def _gains(c: Calibration) -> Iterator[Method]:
+    """Learned gains of concepts, and their control: gains of principal components."""
+    which = ("text-image", "all")
+    yield Method(
+        "learned gains",
+        "pairs",
+        lambda **setting: [_with_gains(c, **setting)],
+        tuple({"pairs": pairs, "sparsity": s} for pairs in which for s in (0.0, 0.3)),
+    )
+    yield Method(
+        "gains on principal components",
+        "pairs",
+        lambda pairs: _patch(c, *_principal_gains(c, pairs)),
+        tuple({"pairs": pairs} for pairs in which),
+    )
 
 
 def _pairs(c: Calibration, which: str) -> list[Tensor]:
     if which == "all":
         return list(c.pairs.values())
-    return [p for direction, p in c.pairs.items() if direction in ("t->i", "i->t")]
+    return [pairs for name, pairs in c.pairs.items() if name in ("t->i", "i->t")]
 
 
-def _gains(c: Calibration, after: By, pairs: str, sparsity: float) -> Patch:
+def _with_gains(c: Calibration, pairs: str, sparsity: float) -> Patch:
     """Learned gains on centred codes, then centring; gains above 0.98 leave a concept alone."""
-    settings = GainSettings(sparsity=sparsity)
-    gains_c = learn_gains(
-        c.centred_nd, c.centred_codes_nc, c.sae.W_dec_cd, _pairs(c, pairs), settings, c.seed
-    )
-    fires = c.features.codes.sum() > 0
-    strength_c = torch.where(fires & (gains_c < 0.98), 1 - gains_c, 0.0)
-    return _with_strength(c, strength_c, "centre", after, f"learned gains from {pairs} pairs")
+    key = ("gains", pairs, sparsity)  # asked for again by every pair of methods with gains
+    if key not in c.cache:
+        gains_c = learn_gains(
+            c.centred_nd,
+            c.centred_codes_nc,
+            c.sae.W_dec_cd,
+            _pairs(c, pairs),
+            GainSettings(sparsity=sparsity),
+            c.seed,
+        )
+        fires_c = c.features.codes.sum() > 0
+        strength_c = torch.where(fires_c & (gains_c < 0.98), 1 - gains_c, 0.0)
+        reason = f"learned gains from {pairs} pairs, sparsity {sparsity}"
+        c.cache[key] = _subtracting(c, strength_c, "centre", reason)
+    return c.cache[key]
 
 
-def _principal(c: Calibration, after: By, pairs: str) -> tuple[Affine, Affine]:
-    """The control of learned gains: the same on principal components."""
+def _principal_gains(c: Calibration, pairs: str) -> tuple[Affine, Affine]:
     covariance_dd = c.centred_nd.T @ c.centred_nd / len(c.centred_nd)
     vectors_dd = torch.linalg.eigh(covariance_dd.double()).eigenvectors
     codes_nd = (c.centred_nd.double() @ vectors_dd).float()
+    dictionary_dd = vectors_dd.T.float()
     gains_d = learn_gains(
-        c.centred_nd, codes_nd, vectors_dd.T.float(), _pairs(c, pairs), GainSettings(), c.seed
+        c.centred_nd, codes_nd, dictionary_dd, _pairs(c, pairs), GainSettings(), c.seed
     )
-    centring = fit.centre(c.features.pooled_nd, c.groups(after), after)
+    by = c.sides[-1]
+    centring = fit.centre(c.features.pooled_nd, c.groups(by), by)
     return centring, fit.principal_gains(c.centred_nd, gains_d.double(), vectors_dd)
+
+
+def _alignment(c: Calibration) -> Iterator[Method]:
+    """Procrustes, CCA, and pairs of methods with them or with ReAlign."""
+
+    def procrustes(*before: Affine, subtract: Subtract | None = None) -> Affine:
+        x_nd = c.vectors_after(before, subtract)
+        return fit.procrustes(x_nd, c.kinds_n, c.pairs_to_images)
+
+    def cca(shrinkage: float, subtract: Subtract | None = None) -> Affine:
+        x_nd = c.vectors_after((), subtract)
+        r = min(x_nd.shape[1], 128)
+        return fit.cca(x_nd, c.kinds_n, c.pairs_to_images, shrinkage, r)
+
+    def realign(beta: float, subtract: Subtract | None = None) -> Affine:
+        x_nd = c.vectors_after((), subtract)
+        return fit.realign(x_nd, c.groups("modality"), "modality", beta)
+
+    yield Method("Procrustes", "pairs", lambda: _patch(c, procrustes()))
+    shrinkages = tuple({"shrinkage": s} for s in _BETAS)
+    yield Method("CCA", "pairs", lambda shrinkage: _patch(c, cca(shrinkage)), shrinkages)
+
+    def pair(first: str, second: str, strength: float) -> list[Patch]:
+        subtract = None
+        if first.startswith("gains"):
+            subtract = _with_gains(c, first.removeprefix("gains from "), 0.0).subtract
+        elif first == "removal":
+            chosen_m = c.concepts.discriminative_centred.argsort()[:64]
+            subtract = Subtract.from_sae(c.sae, _ones(c, chosen_m))
+        if second == "CCA":
+            return _patch(c, cca(strength, subtract), subtract=subtract, reason=first)
+        whitening = realign(strength, subtract)
+        if second == "ReAlign":
+            return _patch(c, whitening, subtract=subtract, reason=first)
+        turn = procrustes(whitening, subtract=subtract)
+        return _patch(c, whitening, turn, subtract=subtract, reason=first)
+
+    firsts = ("gains from text-image", "gains from all", "removal")
+    pairs = [("ReAlign", "Procrustes"), *((f, s) for f in firsts for s in _SECONDS)]
+    grid = tuple(
+        {"first": f, "second": s, "strength": b} for f, s in pairs for b in (0.3, 0.5, 0.8)
+    )
+    yield Method("best pair of methods", "pairs", pair, grid)
+
+
+_SECONDS = ("ReAlign", "ReAlign and Procrustes", "CCA")

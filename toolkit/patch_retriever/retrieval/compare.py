@@ -7,9 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from patch_retriever.backbones.load import BUILT_IN, built_in_model
 from patch_retriever.data import SCENES
 from patch_retriever.errors import UserError
 from patch_retriever.progress import Say, silent
+from patch_retriever.retrieval.encode import loader
 from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap, evaluate_embeddings
 from patch_retriever.retrieval.metrics import CUTOFFS
 from patch_retriever.retrieval.pairs import pairs_collection, read_pairs, split_pairs
@@ -45,6 +47,8 @@ def load_model(name: str, device: str = "cpu") -> Any:
     """
     from sentence_transformers import SentenceTransformer
 
+    if name == BUILT_IN:
+        name = str(built_in_model())
     folder = Path(name)
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{name}: no such model folder")
@@ -92,11 +96,13 @@ def _outcome(model: Any, collection: Collection, batch_size: int, name: str) -> 
     import numpy as np
 
     sides = []
+    load = loader(model)
     for side, encode in (("queries", model.encode_query), ("documents", model.encode_document)):
         needed = sorted({i for task in collection.tasks for i in getattr(task, side)})
         parts = []
         for start in range(0, len(needed), 8 * batch_size):  # pictures of one chunk in memory
-            loaded = [collection.items[i].load() for i in needed[start : start + 8 * batch_size]]
+            items = [collection.items[i] for i in needed[start : start + 8 * batch_size]]
+            loaded = [load(item) for item in items]
             try:
                 encoded = encode(loaded, batch_size=batch_size, show_progress_bar=False)
             except (ValueError, TypeError) as error:

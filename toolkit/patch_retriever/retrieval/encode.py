@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
+def loader(model: Any) -> Callable[[Item], Any]:
+    """How `model` takes items: as chats where it has a chat template, else as they are."""
+    return Item.load if "message" in model.modalities else Item.load_plain
+
+
 def encode_file(
     model: Any,
     items: Sequence[Item],
@@ -56,6 +61,7 @@ def encode_file(
 ) -> tuple[int, int]:
     """Write the embeddings of `items` as a .npy file (n, d) in float32; returns its shape."""
     encode = model.encode_query if role == "query" else model.encode_document
+    load = loader(model)
     shape = (len(items), model.get_embedding_dimension())
 
     def fill(path: Path) -> None:
@@ -65,7 +71,7 @@ def encode_file(
             )
             starts = range(0, len(items), batch_size)
             for start in progress(starts, len(starts)):
-                batch = [item.load() for item in items[start : start + batch_size]]
+                batch = [load(item) for item in items[start : start + batch_size]]
                 rows = encode(batch, batch_size=batch_size, show_progress_bar=False)
                 file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import file_hash
+from patch_retriever.files import file_hash, value_hash
 from patch_retriever.items import Item, PictureFile
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.retrieval.tasks import Collection, Task
@@ -54,8 +54,6 @@ def read_pairs(
     Raises:
         UserError: nothing there, nothing in it, a bad row or picture, fewer than 50 pairs.
     """
-    if not source.exists():
-        raise UserError(f"{source}: no such pairs file or folder")
     rows = list(_rows(source))
     if not rows:
         raise UserError(
@@ -82,6 +80,8 @@ def read_pairs(
 
 def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | None]]:
     """(where, picture path, text) of every row; what a row lacks is None."""
+    if not source.exists():
+        raise UserError(f"{source}: no such pairs file or folder")
     if source.is_dir():
         tables = [source / name for name in ("pairs.jsonl", "metadata.jsonl")]
         found = [table for table in tables if table.is_file()]
@@ -108,6 +108,15 @@ def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | None]]:
                 ) from None
             named = source.parent / image if isinstance(image, str) and image else None
             yield where, named, text if isinstance(text, str) else None
+
+
+def pairs_fingerprint(source: Path) -> str:
+    """Changes when a row is added, removed or edited, or when a picture's file changes."""
+    rows = []
+    for where, path, text in _rows(source):
+        stat = path.stat() if path is not None and path.is_file() else None
+        rows.append([where, text, stat and stat.st_size, stat and stat.st_mtime_ns])
+    return value_hash(rows)
 
 
 def _check(where: str, path: Path | None, text: str | None) -> Pair:
