@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,11 @@ class Calibration:
     document_items: Tensor
     pairs: Mapping[str, Tensor]
     seed: int
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What methods have learned already, by their settings."""
+
+    @cached_property
+    def cache(self) -> dict[Any, Any]:
+        """What methods have learned already, by their settings."""
+        return {}
 
     @property
     def sides(self) -> tuple[By, ...]:
