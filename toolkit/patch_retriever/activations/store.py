@@ -99,6 +99,7 @@ class Store:
                 tokens_td = torch.cat([s["activations_td"] for s in shards])
                 pooled_t = torch.cat([s["pooled_t"] for s in shards]).bool()
                 picks = _repeat_pooled(pooled_t, pooled_share)
+                picks = picks.repeat(-(-batch_size // len(picks)))  # a batch at least
                 picks = picks[torch.randperm(len(picks), generator=generator)]
                 for k in range(0, len(picks) - batch_size + 1, batch_size):
                     yield tokens_td[picks[k : k + batch_size]].float()

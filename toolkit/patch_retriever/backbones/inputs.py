@@ -55,6 +55,8 @@ class TokenRoles:
                 1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(a[::-1], b[::-1], strict=False))
             )
             self._ends[has_image] = shared, tail
+        alone = _ids(transformer, None, has_image=True)
+        self._image_alone = [token for token in alone if token != self._image]
 
     def __call__(self, features: dict[str, Any]) -> Tensor:
         """Role numbers, uint8 (n, tokens); padding counts as special."""
@@ -69,16 +71,21 @@ class TokenRoles:
             rows_n1 = (has_image_n == has_image)[:, None]
             roles_nt[rows_n1 & (position_nt < head)] = ROLES.index("special")
             roles_nt[rows_n1 & (left_nt <= tail)] = ROLES.index("instruction")
+        for row in has_image_n.nonzero()[:, 0].tolist():  # nothing but a picture: all is prompt
+            if ids_nt[row, mask_nt[row] & ~image_nt[row]].tolist() == self._image_alone:
+                roles_nt[row] = ROLES.index("instruction")
         roles_nt[torch.isin(ids_nt, self._special)] = ROLES.index("special")
         roles_nt[image_nt] = ROLES.index("image")
         roles_nt[~mask_nt] = ROLES.index("special")
         return roles_nt
 
 
-def _ids(transformer: Transformer, text: str, has_image: bool) -> list[int]:
+def _ids(transformer: Transformer, text: str | None, has_image: bool) -> list[int]:
     """Token ids of a dummy item, its image as one placeholder."""
     content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    if text is not None:
+        content.append({"type": "text", "text": text})
+    messages = [{"role": "user", "content": content}]
     rendered = transformer.processor.apply_chat_template(messages, tokenize=False)
     tokenizer: Any = transformer.tokenizer
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ which read much worse).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -34,9 +35,11 @@ class Prompt:
         The wrapper also puts images before texts, so that the order of keys in
         `{"image": ..., "text": ...}` does not change the embedding.
         """
-        head = _WRAPPER
-        for kind in ("text", "image", "both"):
-            head = head.replace(f"@{kind}@", json.dumps(getattr(self, kind)))
+
+        def literal(match: re.Match[str]) -> str:
+            return json.dumps(getattr(self, match[1]), ensure_ascii=False)
+
+        head = re.sub("@(text|image|both)@", literal, _WRAPPER)
         if self.generation_prompt:
             head += "{%- set add_generation_prompt = true -%}"
         return head + _END + own_template(chat_template)

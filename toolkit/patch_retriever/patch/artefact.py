@@ -93,6 +93,8 @@ class Patch:
                 raise UserError(f"{folder}: written by a newer patch-retriever; upgrade it")
             tensors = load_file(folder / TENSORS)
             kinds = [operator["kind"] for operator in values["operators"]]
+            if unknown := set(kinds) - {"subtract", "affine"}:
+                raise ValueError(f"unknown operators {sorted(unknown)}")
             subtract = None
             if "subtract" in kinds:
                 fields = {

@@ -93,7 +93,8 @@ def _geometry(c: Calibration) -> Iterator[Method]:
     for by in ("all", *c.sides):
         yield row("centring", by, fit.centre)
     for by in ("all", *c.sides):
-        yield row("all-but-the-top", by, fit.all_but_the_top, *({"r": 2**i} for i in range(5)))
+        ranks = [r for r in (1, 2, 4, 8, 16) if r < x_nd.shape[1] // 2]
+        yield row("all-but-the-top", by, fit.all_but_the_top, *({"r": r} for r in ranks))
     for by in c.sides:
         yield row("ReAlign", by, fit.realign, *({"beta": beta} for beta in _BETAS))
 
@@ -143,14 +144,17 @@ def _subtracting(c: Calibration, strength_c: Tensor, then: str, reason: str) -> 
 
 
 def _random_like(c: Calibration, chosen_m: Tensor) -> Iterator[Tensor]:
-    """Draws of random concepts, each at most ten places from a chosen one in order of energy."""
+    """Draws of as many random concepts: concepts change places in the order of energy, one for
+    one, with others at most twenty places away."""
     order = c.concepts.energy.argsort(descending=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     for draw in range(_DRAWS):
         generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
-        shift_m = torch.randint(-10, 11, (len(chosen_m),), generator=generator)
-        yield order[(place[chosen_m] + shift_m).clamp(0, len(order) - 1)].unique()
+        near = (
+            torch.arange(len(order)) + 20 * torch.rand(len(order), generator=generator)
+        ).argsort()
+        yield order[near[place[chosen_m]]]
 
 
 def _random_subspaces(c: Calibration, r: int) -> list[Patch]:
@@ -165,11 +169,12 @@ def _attribution_subspace(c: Calibration) -> Method:
     """The paper's ablation: the span of the concepts of highest attribution (its top 1%, and
     more)."""
     order = c.concepts.attribution.argsort(descending=True)
+    ns = sorted({max(1, c.sae.n_concepts // 100), 32, 64})
     return Method(
         "attribution subspace removed (the paper's)",
         "pairs",
         lambda n: _patch(c, fit.remove_subspace(c.sae.W_dec_cd[order[:n]])),
-        tuple({"n": n} for n in (max(1, c.sae.n_concepts // 100), 32, 64)),
+        tuple({"n": n} for n in ns if n < c.sae.d_in),
     )
 
 

@@ -36,8 +36,10 @@ scores = model.similarity(queries, documents)
   (`python golden/check.py` repeats the check where you are).
 - **data**: {{ data }}
 {% if warning %}
+
 > {{ warning }}
 {% endif %}
+
 ## Before and after
 
 {{ explanation }}

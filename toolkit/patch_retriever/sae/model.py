@@ -103,6 +103,11 @@ class SparseAutoencoder(nn.Module):
                     f"{folder}: an SAE of architecture {config['architecture']}; jumprelu is read"
                 )
             t = load_file(folder / WEIGHTS)
+            d, c = config["d_in"], config["d_sae"]
+            shapes = {"W_enc": (d, c), "b_enc": (c,), "W_dec": (c, d), "b_dec": (d,)}
+            for name, shape in {**shapes, "threshold": (c,)}.items():
+                if tuple(t[name].shape) != shape:
+                    raise ValueError(f"{name} is {tuple(t[name].shape)}, not {shape}")
             return cls(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], t["threshold"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder}: no readable SAE ({error})") from None

@@ -1,0 +1,212 @@
+"""Collecting: what is pooled, kept and encoded, against sentence-transformers and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from patch_retriever.activations.collect import collect_features, collect_pooled, collect_tokens
+from patch_retriever.activations.store import Store
+from patch_retriever.backbones.inputs import ROLES
+from patch_retriever.backbones.load import load_backbone, set_readout
+from patch_retriever.backbones.readout import LAST, ONE_WORD, PAPER, PLAIN, Readout
+from patch_retriever.items import KINDS, Item
+from patch_retriever.sae.model import SparseAutoencoder
+
+N_IMAGE_TOKENS, WIDTH, C = 36, 32, 90
+
+
+class Coloured:
+    """A picture of one colour."""
+
+    def __init__(self, colour):
+        self.name, self.colour = colour, colour
+
+    def open(self):
+        return Image.new("RGB", (72, 72), self.colour)
+
+
+ITEMS = (
+    Item("a cat"),
+    Item(picture=Coloured("red")),
+    Item("two small cats on a large grey mat"),
+    Item("a cat", Coloured("blue")),
+    Item(picture=Coloured("green")),
+    Item("seven dogs and one bird behind a fence, far away", Coloured("white")),
+    Item("no"),
+)
+KINDS_N = torch.tensor([KINDS.index(item.kind) for item in ITEMS])
+READOUTS = (
+    Readout(PAPER),
+    Readout(PAPER, "layers.0"),
+    Readout(PAPER, "layers.1", "lasttoken"),
+    Readout(ONE_WORD, LAST, "lasttoken"),
+    Readout(PLAIN, "layers.1"),
+)
+READOUT = Readout(ONE_WORD, LAST, "lasttoken")
+by_readout = pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: readout.name)
+
+
+@pytest.fixture(scope="module")
+def transformer(random_model):
+    return load_backbone(str(random_model))
+
+
+@pytest.fixture(scope="module")
+def untouched(random_model):
+    """A second copy that no probe ever wraps."""
+    return load_backbone(str(random_model))
+
+
+@pytest.fixture(scope="module")
+def pooled(transformer):
+    return collect_pooled(transformer, ITEMS, READOUTS, batch_size=3)
+
+
+def make_sae(spread=1.0):
+    """An SAE for activations of such a spread."""
+    generator = torch.Generator().manual_seed(0)
+    rows_cd = torch.nn.functional.normalize(torch.randn(C, WIDTH, generator=generator), dim=1)
+    return SparseAutoencoder(
+        rows_cd.T / spread,
+        torch.zeros(C),
+        rows_cd,
+        torch.zeros(WIDTH),
+        0.5 + torch.rand(C, generator=generator),
+    )
+
+
+def tokens_by_item(untouched, readout):
+    """The tokens of every item, each item run alone."""
+    set_readout(untouched, readout)
+    found = []
+    for item in ITEMS:
+        features = untouched.preprocess([item.load()])
+        with torch.no_grad():
+            found.append(untouched(features)["token_embeddings"][0])
+    return found
+
+
+def pool_by_hand(rows_tx, pooling):
+    return rows_tx.mean(0) if pooling == "mean" else rows_tx[-1]
+
+
+@by_readout
+def test_pooled_vectors_are_those_of_sentence_transformers(readout, pooled, untouched):
+    set_readout(untouched, readout)
+    model = SentenceTransformer(modules=[untouched, Pooling(WIDTH, readout.pooling)], device="cpu")
+    expected_nd = model.encode([item.load() for item in ITEMS], convert_to_tensor=True)
+    assert torch.allclose(pooled[readout], expected_nd, atol=1e-5)
+
+
+def test_every_readout_that_was_asked_for_is_there(pooled):
+    assert set(pooled) == set(READOUTS)
+    assert all(pooled_nd.shape == (len(ITEMS), WIDTH) for pooled_nd in pooled.values())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_the_batch_size_does_not_change_pooled_vectors(batch_size, transformer, pooled):
+    again = collect_pooled(transformer, ITEMS, READOUTS[:3], batch_size)
+    for readout, pooled_nd in again.items():
+        assert torch.allclose(pooled_nd, pooled[readout], atol=1e-5), readout.name
+
+
+@by_readout
+def test_features_are_those_of_every_token_by_hand(readout, transformer, untouched):
+    tokens = tokens_by_item(untouched, readout)
+    sae = make_sae(spread=float(torch.cat(tokens).std()))
+    found = collect_features(transformer, ITEMS, readout, sae, KINDS_N, batch_size=3)
+    codes_nc = found.codes.dense()
+    assert 0 < int((codes_nc > 0).sum()) < codes_nc.numel()
+    for n, tokens_td in enumerate(tokens):
+        codes_tc = torch.stack([sae.encode(token_d[None])[0] for token_d in tokens_td])
+        assert torch.allclose(codes_nc[n], pool_by_hand(codes_tc, readout.pooling), atol=1e-5)
+        pooled_d = pool_by_hand(tokens_td, readout.pooling)
+        assert torch.allclose(found.pooled_nd[n], pooled_d, atol=1e-5)
+        assert torch.allclose(found.mean_nd[n], tokens_td.mean(0), atol=1e-5)
+    assert torch.equal(found.kinds_n, KINDS_N)
+
+
+@pytest.mark.parametrize("readout", [Readout(PAPER), READOUT], ids=lambda readout: readout.name)
+def test_the_batch_size_does_not_change_features(readout, transformer):
+    sae = make_sae()
+    one, many = (
+        collect_features(transformer, ITEMS, readout, sae, KINDS_N, batch_size)
+        for batch_size in (1, 64)
+    )
+    assert torch.allclose(one.pooled_nd, many.pooled_nd, atol=1e-5)
+    assert torch.allclose(one.mean_nd, many.mean_nd, atol=1e-5)
+    assert torch.allclose(one.codes.dense(), many.codes.dense(), atol=1e-5)
+
+
+def test_features_survive_the_disk(transformer, tmp_path):
+    found = collect_features(transformer, ITEMS, READOUT, make_sae(), KINDS_N)
+    found.save(tmp_path / "features.safetensors")
+    loaded = type(found).load(tmp_path / "features.safetensors")
+    assert torch.equal(loaded.pooled_nd, found.pooled_nd)
+    assert torch.equal(loaded.mean_nd, found.mean_nd)
+    assert torch.equal(loaded.kinds_n, found.kinds_n)
+    assert torch.equal(loaded.codes.dense(), found.codes.dense())
+
+
+@pytest.fixture(scope="module", params=["mean", "lasttoken"])
+def stored(request, transformer, tmp_path_factory):
+    """A store of all tokens, the shard's tensors and the pooling."""
+    readout = Readout(ONE_WORD, LAST, request.param)
+    folder = tmp_path_factory.mktemp("tokens")
+    collect_tokens(transformer, ITEMS, readout, folder, batch_size=3)
+    store = Store(folder)
+    shards = [store.read(i) for i in range(len(store.shards))]
+    return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}, readout
+
+
+def test_the_store_holds_every_token_and_no_padding(stored, untouched):
+    shard, readout = stored
+    expected_td = torch.cat(tokens_by_item(untouched, readout))
+    assert len(shard["roles_t"]) == len(expected_td)
+    found_td = shard["activations_td"].float()
+    nearest_t = torch.cdist(expected_td, found_td).min(1).values
+    assert bool((nearest_t < 0.01 * expected_td.norm(dim=1)).all())  # bf16
+
+
+def test_roles_are_recorded(stored):
+    shard, _ = stored
+    counts = torch.bincount(shard["roles_t"].long(), minlength=len(ROLES)).tolist()
+    found = dict(zip(ROLES, counts, strict=True))
+    with_picture = sum(item.picture is not None for item in ITEMS)
+    assert found["image"] == N_IMAGE_TOKENS * with_picture
+    assert found["special"] == 3 * len(ITEMS)  # two ends of the turn, and the assistant's start
+    assert found["text"] > 0
+    assert found["instruction"] > found["text"] / 2
+
+
+def test_the_tokens_that_the_pooling_reads_are_marked(stored):
+    shard, readout = stored
+    marked = int(shard["pooled_t"].sum())
+    assert marked == (len(ITEMS) if readout.pooling == "lasttoken" else len(shard["pooled_t"]))
+
+
+def test_marked_tokens_are_the_pooled_ones(stored, untouched):
+    shard, readout = stored
+    marked_td = shard["activations_td"][shard["pooled_t"].bool()].float()
+    tokens = tokens_by_item(untouched, readout)
+    expected_nd = torch.stack([pool_by_hand(tokens_td, readout.pooling) for tokens_td in tokens])
+    assert torch.allclose(
+        marked_td.mean(0),
+        expected_nd.mean(0) if readout.pooling == "lasttoken" else torch.cat(tokens).mean(0),
+        atol=0.02,
+    )
+
+
+def test_progress_counts_batches(transformer):
+    seen = []
+
+    def progress(steps, total):
+        seen.append(total)
+        return steps
+
+    collect_pooled(transformer, ITEMS, [Readout(PLAIN), Readout(PAPER)], 3, progress)
+    assert seen == [3, 3]

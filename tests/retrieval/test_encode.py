@@ -1,0 +1,159 @@
+"""Items from a file, and their embeddings in a file, equal to what `encode` gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from patch_retriever.errors import UserError
+from patch_retriever.items import Item, PictureFile
+from patch_retriever.retrieval.compare import load_model
+from patch_retriever.retrieval.encode import encode_file, read_items
+
+
+def written(folder: Path, *lines: str) -> Path:
+    path = folder / "items.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_texts_images_and_both_are_read(tmp_path):
+    path = written(
+        tmp_path,
+        '{"text": "a red star"}',
+        '{"image": "sub/a.png"}',
+        "",
+        '{"text": "what is this?", "image": "b.png"}',
+        '{"text": "", "image": "c.png"}',
+        '{"text": null, "image": "/d.png", "id": 7}',
+    )
+    assert read_items(path) == [
+        Item("a red star"),
+        Item(picture=PictureFile(tmp_path / "sub/a.png")),
+        Item("what is this?", PictureFile(tmp_path / "b.png")),
+        Item(picture=PictureFile(tmp_path / "c.png")),
+        Item(picture=PictureFile(Path("/d.png"))),
+    ]
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
+    text = "copied\u2028from the web"
+    path = written(tmp_path, json.dumps({"text": text}, ensure_ascii=False), '{"text": "b"}')
+    assert [item.text for item in read_items(path)] == [text, "b"]
+
+
+def says(path: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_items(path)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    says(tmp_path / "nowhere.jsonl", "nowhere.jsonl: cannot be read")
+
+
+def test_a_folder_is_named(tmp_path):
+    says(tmp_path, f"{tmp_path}: cannot be read")
+
+
+def test_an_empty_file_is_named(tmp_path):
+    says(written(tmp_path, "", " "), "items.jsonl: empty", '"text"')
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(b"\xff\xfe\x00")
+    says(path, "items.jsonl: cannot be read")
+
+
+@pytest.mark.parametrize("line", ["{not json", "[1]", "null", "7", '"text"'])
+def test_a_line_that_is_no_object_is_named(tmp_path, line):
+    says(written(tmp_path, '{"text": "a"}', "", line), "items.jsonl:3: not a JSON object")
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", '{"text": ""}', '{"text": 7}', '{"image": ["a.png"]}', '{"caption": "a"}']
+)
+def test_a_line_without_text_or_image_is_named(tmp_path, line):
+    says(written(tmp_path, '{"text": "a"}', line), "items.jsonl:2:", '"text", "image" or both')
+
+
+@pytest.fixture(scope="module")
+def model(finished_build):
+    return load_model(str(finished_build))
+
+
+@pytest.fixture
+def items(photo_folder) -> list[Item]:
+    return [
+        Item("a field of colour"),
+        Item(picture=PictureFile(photo_folder / "3.png")),
+        Item("make it darker", PictureFile(photo_folder / "50.png")),
+        Item("a longer text than the others, about nothing at all"),
+        Item(picture=PictureFile(photo_folder / "40.png")),
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_the_file_holds_what_encode_gives(model, items, tmp_path, role, batch_size):
+    out = tmp_path / "out.npy"
+    shape = encode_file(model, items, out, role, batch_size)
+    found_nd = np.load(out, allow_pickle=False)
+    encode = model.encode_query if role == "query" else model.encode_document
+    expected_nd = encode([item.load() for item in items])
+    assert found_nd.dtype == np.float32
+    assert found_nd.shape == shape == (5, model.get_embedding_dimension())
+    np.testing.assert_allclose(found_nd, expected_nd, atol=1e-5)
+
+
+def test_queries_are_encoded_as_queries(items, tmp_path):
+    class Sided:
+        modalities = ("message",)
+
+        def get_embedding_dimension(self) -> int:
+            return 2
+
+        def encode_query(self, batch, **_):
+            return np.tile(np.float64([1, 0]), (len(batch), 1))
+
+        def encode_document(self, batch, **_):
+            return np.tile(np.float16([0, 1]), (len(batch), 1))
+
+    for role, expected in (("query", [1, 0]), ("document", [0, 1])):
+        encode_file(Sided(), items, tmp_path / "out.npy", role, 2)
+        assert np.load(tmp_path / "out.npy").tolist() == [expected] * 5
+
+
+def test_a_file_can_be_mapped_instead_of_read(model, items, tmp_path):
+    encode_file(model, items, tmp_path / "out.npy", "document", 64)
+    mapped = np.load(tmp_path / "out.npy", mmap_mode="r")
+    assert mapped.shape[0] == 5
+
+
+def test_a_missing_picture_leaves_the_old_file_and_nothing_half_written(model, items, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / "out.npy"
+    out.write_bytes(b"old")
+    gone = Item(picture=PictureFile(tmp_path / "gone.png"))
+    with pytest.raises(UserError, match=r"gone\.png"):
+        encode_file(model, [*items, gone], out, "document", 2)
+    assert out.read_bytes() == b"old"
+    assert [p.name for p in folder.iterdir()] == ["out.npy"]
+
+
+def test_progress_counts_batches(items, tmp_path, model):
+    seen = []
+
+    def progress(steps, total):
+        seen.append((total, list(steps)))
+        return steps
+
+    encode_file(model, items, tmp_path / "out.npy", "document", 2, progress)
+    assert seen == [(3, [0, 2, 4])]

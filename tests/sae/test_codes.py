@@ -1,0 +1,126 @@
+"""Sparse codes against dense tensors."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patch_retriever.sae.codes import Codes
+
+QUICK = settings(deadline=None, database=None, max_examples=60)
+
+VALUES = st.sampled_from([0.0, 0.0, 0.0, 0.5, 1.25, 3.0, -2.0])
+
+
+@st.composite
+def dense_codes(draw, min_rows=0):
+    n, c = draw(st.integers(min_rows, 7)), draw(st.integers(1, 6))
+    values = draw(st.lists(VALUES, min_size=n * c, max_size=n * c))
+    return torch.tensor(values).reshape(n, c)
+
+
+@QUICK
+@given(dense_codes())
+def test_dense_inverts_from_dense(codes_nc):
+    codes = Codes.from_dense(codes_nc)
+    assert torch.equal(codes.dense(), codes_nc)
+    assert (len(codes), codes.n_concepts) == tuple(codes_nc.shape)
+
+
+@QUICK
+@given(dense_codes())
+def test_only_active_concepts_are_stored_row_after_row(codes_nc):
+    codes = Codes.from_dense(codes_nc)
+    assert len(codes.values_e) == int((codes_nc != 0).sum())
+    assert codes.starts_n1.tolist()[0] == 0
+    assert codes.starts_n1.diff().tolist() == (codes_nc != 0).sum(1).tolist()
+    assert torch.equal(codes.values_e, codes_nc[codes.rows_e, codes.concepts_e])
+
+
+@QUICK
+@given(dense_codes(min_rows=1), st.data())
+def test_from_rows_puts_batches_in_the_order_of_their_numbers(codes_nc, data):
+    n = len(codes_nc)
+    order = data.draw(st.permutations(range(n)))
+    cuts = [*sorted(data.draw(st.sets(st.integers(1, n)))), n]
+    batches = [order[a:b] for a, b in zip([0, *cuts], cuts, strict=False) if a < b]
+    codes = Codes.from_rows([(batch, codes_nc[batch]) for batch in batches])
+    assert torch.equal(codes.dense(), codes_nc)
+
+
+@QUICK
+@given(dense_codes(min_rows=1), st.data())
+def test_indexing_takes_rows_in_any_order_and_repeats(codes_nc, data):
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, len(codes_nc) - 1))), dtype=torch.long)
+    taken = Codes.from_dense(codes_nc)[rows]
+    assert len(taken) == len(rows)
+    assert torch.equal(taken.dense(), codes_nc[rows])
+
+
+@QUICK
+@given(dense_codes(min_rows=1), st.data())
+def test_indexing_twice_is_indexing_by_the_picked_rows(codes_nc, data):
+    numbers = st.integers(0, len(codes_nc) - 1)
+    first = torch.tensor(data.draw(st.lists(numbers, min_size=1)))
+    second = torch.tensor(data.draw(st.lists(st.integers(0, len(first) - 1), min_size=1)))
+    codes = Codes.from_dense(codes_nc)
+    assert torch.equal(codes[first][second].dense(), codes[first[second]].dense())
+
+
+@QUICK
+@given(dense_codes(), st.data())
+def test_scaled_multiplies_every_column(codes_nc, data):
+    c = codes_nc.shape[1]
+    scale_c = torch.tensor(data.draw(st.lists(VALUES, min_size=c, max_size=c)))
+    assert torch.equal(Codes.from_dense(codes_nc).scaled(scale_c).dense(), codes_nc * scale_c)
+
+
+@QUICK
+@given(dense_codes())
+def test_sum_is_over_items(codes_nc):
+    assert torch.allclose(Codes.from_dense(codes_nc).sum(), codes_nc.sum(0))
+
+
+@QUICK
+@given(dense_codes(min_rows=1))
+def test_mean_counts_silent_items_too(codes_nc):
+    assert torch.allclose(Codes.from_dense(codes_nc).mean(), codes_nc.mean(0))
+
+
+def test_mean_of_no_items_is_zero():
+    assert torch.equal(Codes.from_dense(torch.zeros(0, 3)).mean(), torch.zeros(3))
+
+
+@QUICK
+@given(dense_codes(), st.integers(1, 4), st.integers(0, 1000))
+def test_matmul_is_the_dense_product(codes_nc, d, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dictionary_cd = torch.randn(codes_nc.shape[1], d, generator=generator)
+    product_nd = Codes.from_dense(codes_nc).matmul(dictionary_cd)
+    assert torch.allclose(product_nd, codes_nc @ dictionary_cd, atol=1e-5)
+
+
+def test_matmul_in_float64_keeps_its_digits():
+    codes_nc = torch.tensor([[0.0, 2.0, 0.5]])
+    dictionary_cd = torch.tensor([[1.0], [1e-12], [2.0]], dtype=torch.float64)
+    product_nd = Codes.from_dense(codes_nc).matmul(dictionary_cd)
+    assert product_nd.dtype == torch.float64
+    assert torch.equal(product_nd, codes_nc.double() @ dictionary_cd)
+
+
+def test_items_without_any_concept_stay_items():
+    codes_nc = torch.zeros(4, 3)
+    codes_nc[1, 2] = 5.0
+    codes = Codes.from_dense(codes_nc)
+    assert len(codes) == 4
+    assert torch.equal(codes.dense(), codes_nc)
+    assert torch.equal(codes.matmul(torch.eye(3)), codes_nc)
+    assert torch.equal(codes[torch.tensor([3, 1, 1, 0])].dense(), codes_nc[[3, 1, 1, 0]])
+
+
+def test_nothing_active_at_all():
+    codes = Codes.from_dense(torch.zeros(3, 2))
+    assert len(codes.values_e) == 0
+    assert torch.equal(codes.matmul(torch.ones(2, 4)), torch.zeros(3, 4))
+    assert torch.equal(codes.sum(), torch.zeros(2))
