@@ -18,7 +18,7 @@ N = 12
 
 @pytest.fixture(scope="module")
 def collection():
-    return compare.test_collection("scenes", N, 0, ["t->i short", "i->i"])
+    return compare.held_out_collection("scenes", N, 0, ["t->i short", "i->i"])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def stand_ins(monkeypatch):
 
 @pytest.fixture(scope="module")
 def other_views():
-    return compare.test_collection("scenes", 30, 0, ["i->i"])
+    return compare.held_out_collection("scenes", 30, 0, ["i->i"])
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -158,35 +158,35 @@ def test_say_names_every_model(other_views):
 
 
 def test_all_tasks_are_there_unless_some_are_asked_for():
-    assert len(compare.test_collection("scenes", 5, 0).tasks) == 10
+    assert len(compare.held_out_collection("scenes", 5, 0).tasks) == 10
 
 
 def test_a_direction_asks_for_all_its_tasks_and_a_name_for_one():
-    by_direction = compare.test_collection("scenes", 5, 0, ["t->i"])
+    by_direction = compare.held_out_collection("scenes", 5, 0, ["t->i"])
     assert [t.name for t in by_direction.tasks] == ["t->i full", "t->i short", "t->i web"]
-    by_name = compare.test_collection("scenes", 5, 0, ["t->i web", "t->t"])
+    by_name = compare.held_out_collection("scenes", 5, 0, ["t->i web", "t->t"])
     assert [t.name for t in by_name.tasks] == ["t->i web", "t->t"]
 
 
 def test_an_unknown_task_is_told_with_those_there_are():
     with pytest.raises(UserError, match=r"no task 'i->x' here.*t->i short"):
-        compare.test_collection("scenes", 5, 0, ["t->i", "i->x"])
+        compare.held_out_collection("scenes", 5, 0, ["t->i", "i->x"])
 
 
 def test_of_pairs_the_test_split_is_evaluated(photo_folder):
     source = photo_folder / "pairs.jsonl"
-    found = compare.test_collection(str(source), 0, 3)
+    found = compare.held_out_collection(str(source), 0, 3)
     held_out = split_pairs(read_pairs(source).pairs, 3)["test"]
     pictures = {item.picture for item in found.items if item.picture is not None}
     assert found.split == "test"
     assert pictures == {pair.picture for pair in held_out}
     with pytest.raises(UserError, match="no task 't->t' here"):
-        compare.test_collection(str(source), 0, 3, ["t->t"])
+        compare.held_out_collection(str(source), 0, 3, ["t->t"])
 
 
 def test_missing_pairs_are_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jsonl: no such pairs file"):
-        compare.test_collection(str(tmp_path / "gone.jsonl"), 0, 0)
+        compare.held_out_collection(str(tmp_path / "gone.jsonl"), 0, 0)
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./nowhere", "a/b/c"])

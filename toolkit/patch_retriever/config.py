@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,12 @@ class BuildConfig(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
-            known = ", ".join(cls.model_fields)
+            section = problem["loc"][0] if len(problem["loc"]) > 1 else None
+            sections: dict[str, Iterable[str]] = {
+                "scenes": ScenesSettings.model_fields,
+                "sae": SAESettings.__dataclass_fields__,
+            }
+            known = ", ".join(sections.get(str(section), cls.model_fields))
             if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
                 raise UserError(
                     f"{path or 'settings'}: unknown key {key!r}; known keys: {known}"

@@ -49,6 +49,8 @@ class PictureFile:
         try:
             with Image.open(self.path) as file:
                 picture = ImageOps.exif_transpose(file)
+                if picture.mode.startswith("I;16"):  # convert() would clip instead of scaling
+                    picture = picture.point(lambda value: value / 257, "L")
                 if picture.has_transparency_data:
                     picture = picture.convert("RGBA")
                     white = Image.new("RGBA", picture.size, "white")
@@ -94,7 +96,7 @@ class Item:
     def load_plain(self) -> Any:
         """The item for any sentence-transformers model: a text, a picture, or a dict of both."""
         parts = {part: value for part, value in self._parts().items() if value is not None}
-        return parts if len(parts) == 2 else next(iter(parts.values()))
+        return parts if "text" in parts else parts["image"]
 
     def _parts(self) -> dict[str, Any]:
         picture = None if self.picture is None else self.picture.open()

@@ -33,7 +33,9 @@ def check_out(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file; name a folder to write to")
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+    started = (folder / "run" / "lock").is_file()  # stopped before it wrote its marker
+    foreign = not is_ours(folder) and not started
+    if folder.is_dir() and any(folder.iterdir()) and foreign:
         raise UserError(f"{folder}: not empty and not made by patch-retriever; name another folder")
 
 
@@ -112,7 +114,7 @@ class Run:
             done = json.loads((folder / DONE).read_text())
         except (OSError, ValueError):
             return False
-        if done.get("key") != key:
+        if not isinstance(done, dict) or done.get("key") != key or "files" not in done:
             return False
         for name, sha256 in done["files"].items():
             path = folder / name

@@ -48,10 +48,11 @@ def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu"
         UserError: nothing is there, it is no model, or it takes no images.
     """
     path = str(built_in_model()) if name_or_path == BUILT_IN else name_or_path
-    _check_folder(path)
+    check_folder(path)
     import torch
     from sentence_transformers.base.modules import Transformer
 
+    check_device(device)
     with _quiet():
         try:
             transformer = Transformer(path, model_kwargs={"dtype": getattr(torch, dtype)})
@@ -73,7 +74,23 @@ def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu"
     return transformer.to(device)
 
 
-def _check_folder(path: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that this torch does not know or have.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used ({reason})") from None
+
+
+def check_folder(path: str) -> None:
+    """Refuse what is plainly no model: no folder and no hub id, or a folder without a model."""
     folder = Path(path)
     if folder.exists():
         if not folder.is_dir():

@@ -108,12 +108,13 @@ def build(
 
 def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
     """What a build would do, as JSON values."""
-    from patch_retriever.backbones.load import BUILT_IN, built_in_model
+    from patch_retriever.backbones.load import BUILT_IN, built_in_model, check_folder
     from patch_retriever.data import SCENES
     from patch_retriever.retrieval.pairs import read_pairs
     from patch_retriever.runs import is_ours
 
     folder = built_in_model() if config.model == BUILT_IN else Path(config.model)
+    check_folder(str(folder) if config.model == BUILT_IN else config.model)
     pairs = None
     if config.pairs != SCENES:
         read = read_pairs(Path(config.pairs), config.skip_bad)

@@ -13,6 +13,9 @@ import click
 def doctor() -> None:
     """Check this installation: versions, FAISS, devices, the built-in model.
 
+    \b
+    patch-retriever doctor
+
     Exits with 1 if something will not work. Include its output in a bug report.
     """
     from patch_retriever import __version__

@@ -26,7 +26,13 @@ import click
     help="As queries or as documents.",
 )
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
-@click.option("--batch-size", default=64, show_default=True, help="Items per forward pass.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Items per forward pass.",
+)
 def encode(model: str, items: Path, out: Path, role: str, device: str, batch_size: int) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
@@ -43,5 +49,5 @@ def encode(model: str, items: Path, out: Path, role: str, device: str, batch_siz
     quiet_libraries()
     rows = read_items(items)
     loaded = load_model(model, device)
-    shape = encode_file(loaded, rows, out, role, batch_size, Narrator().progress)
+    shape = encode_file(loaded, rows, out, role, batch_size, Narrator().progress, name=model)
     click.echo(f"{out}: {shape[0]} embeddings of {shape[1]} dimensions")

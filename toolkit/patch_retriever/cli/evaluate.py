@@ -23,20 +23,39 @@ import click
     multiple=True,
     help="Only this task or direction (t->i, 't->i short', ...); may be given again.",
 )
-@click.option("--n", default=500, show_default=True, help="Scenes asked about (scenes only).")
-@click.option("--seed", default=0, show_default=True, help="Seed of the tasks and the bootstrap.")
+@click.option("--skip-bad", is_flag=True, help="Leave bad rows and pictures out.")
+@click.option(
+    "--n",
+    type=click.IntRange(1),
+    default=500,
+    show_default=True,
+    help="Scenes asked about (scenes only).",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    help="Seed of the tasks, of the pairs' split and of the bootstrap. "
+    "[default: that of the first MODEL that `build` made, else 0]",
+)
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
-@click.option("--batch-size", default=64, show_default=True, help="Items per forward pass.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Items per forward pass.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(
     models: tuple[str, ...],
     pairs: str,
     wanted: tuple[str, ...],
     n: int,
-    seed: int,
+    seed: int | None,
     device: str,
     batch_size: int,
     as_json: bool,
+    skip_bad: bool,
 ) -> None:
     """Evaluate sentence-transformers MODELs (folders or hub ids) side by side on test tasks.
 
@@ -49,11 +68,13 @@ def evaluate(
     patch-retriever evaluate demo --pairs photos.jsonl --json
     """
     from patch_retriever.cli.progress import Narrator, quiet_libraries
-    from patch_retriever.retrieval.compare import compare_models, test_collection
+    from patch_retriever.retrieval.compare import build_seed, compare_models, held_out_collection
 
     quiet_libraries()
     narrator = Narrator(silent=as_json)
-    collection = test_collection(pairs, n, seed, wanted)
+    if seed is None:  # another seed would split pairs otherwise and test on calibration
+        seed = build_seed(models)
+    collection = held_out_collection(pairs, n, seed, wanted, skip_bad)
     report = compare_models(models, collection, seed, device, batch_size, narrator.say)
     if as_json:
         click.echo(json.dumps(report, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,9 +31,9 @@ def info(folder: Path, concepts: int, as_json: bool) -> None:
         raise UserError(f"{folder}: not made by patch-retriever ({MARKER} is missing)")
     if not (folder / "modules.json").is_file():
         raise UserError(f"{folder}: its build has not finished; run the same build again")
-    settings = json.loads((folder / MARKER).read_text())
-    patch = json.loads((folder / "patch" / "patch.json").read_text())
-    table = json.loads((folder / "report" / "table.json").read_text())
+    settings, patch, table = (
+        _read(folder / name) for name in (MARKER, "patch/patch.json", "report/table.json")
+    )
     if as_json:
         click.echo(json.dumps({"settings": settings, "patch": patch, "table": table}, indent=1))
         return
@@ -58,3 +59,12 @@ def info(folder: Path, concepts: int, as_json: bool) -> None:
             f"modality {c['modality']:.2f}  attribution {c['attribution']:.3g}"
         )
     click.echo("\n" + (folder / "report" / "table.txt").read_text().rstrip())
+
+
+def _read(path: Path) -> Any:
+    from patch_retriever.errors import UserError
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); run the same build again") from None

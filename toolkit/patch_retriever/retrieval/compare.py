@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap, evaluat
 from patch_retriever.retrieval.metrics import CUTOFFS
 from patch_retriever.retrieval.pairs import pairs_collection, read_pairs, split_pairs
 from patch_retriever.retrieval.tasks import Collection
+from patch_retriever.runs import MARKER, is_ours
 
 
-def test_collection(pairs: str, n: int, seed: int, wanted: Sequence[str] = ()) -> Collection:
+def held_out_collection(
+    pairs: str, n: int, seed: int, wanted: Sequence[str] = (), skip_bad: bool = False
+) -> Collection:
     """The test split of the built-in world or of a user's pairs, with the `wanted` tasks.
 
     Raises:
@@ -29,7 +33,7 @@ def test_collection(pairs: str, n: int, seed: int, wanted: Sequence[str] = ()) -
 
         collection = scenes_collection("test", n, seed)
     else:
-        read = read_pairs(Path(pairs))
+        read = read_pairs(Path(pairs), skip_bad)
         collection = pairs_collection("test", split_pairs(read.pairs, seed)["test"])
     names = {name for task in collection.tasks for name in (task.name, task.direction)}
     for name in wanted:
@@ -37,6 +41,14 @@ def test_collection(pairs: str, n: int, seed: int, wanted: Sequence[str] = ()) -
             raise UserError(f"no task {name!r} here; there are {', '.join(sorted(names))}")
     tasks = tuple(t for t in collection.tasks if not wanted or {t.name, t.direction} & set(wanted))
     return replace(collection, tasks=tasks)
+
+
+def build_seed(models: Sequence[str]) -> int:
+    """The seed of the first of `models` that `build` made; 0 where there is none."""
+    for name in models:
+        if is_ours(Path(name)):
+            return int(json.loads((Path(name) / MARKER).read_text())["seed"])
+    return 0
 
 
 def load_model(name: str, device: str = "cpu") -> Any:
@@ -49,6 +61,20 @@ def load_model(name: str, device: str = "cpu") -> Any:
 
     if name == BUILT_IN:
         name = str(built_in_model())
+    check_model(name)
+    try:
+        return SentenceTransformer(name, device=device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"{name}: cannot be loaded ({reason})") from error
+
+
+def check_model(name: str) -> None:
+    """Refuse what is plainly no model, before anything is loaded or encoded.
+
+    Raises:
+        UserError: no such folder, or no model in it.
+    """
     folder = Path(name)
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{name}: no such model folder")
@@ -58,11 +84,6 @@ def load_model(name: str, device: str = "cpu") -> Any:
         raise UserError(
             f"{name}: no model in this folder (modules.json and config.json are missing)"
         )
-    try:
-        return SentenceTransformer(name, device=device)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise UserError(f"{name}: cannot be loaded ({reason})") from error
 
 
 def compare_models(
@@ -75,6 +96,8 @@ def compare_models(
 ) -> dict[str, Any]:
     """Every model's recalls; each after the first with its paired difference to the first."""
     bootstrap = PairedBootstrap({t.name: len(t.queries) for t in collection.tasks}, seed)
+    for name in names:
+        check_model(name)
     outcomes: list[Outcome] = []
     models = []
     for name in names:

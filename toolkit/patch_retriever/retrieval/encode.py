@@ -22,7 +22,7 @@ def read_items(path: Path) -> list[Item]:
         UserError: the file is missing or empty, or a line is not such an object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     items = []
@@ -58,6 +58,7 @@ def encode_file(
     role: str,
     batch_size: int,
     progress: Progress = no_progress,
+    name: str = "the model",
 ) -> tuple[int, int]:
     """Write the embeddings of `items` as a .npy file (n, d) in float32; returns its shape."""
     encode = model.encode_query if role == "query" else model.encode_document
@@ -72,7 +73,11 @@ def encode_file(
             starts = range(0, len(items), batch_size)
             for start in progress(starts, len(starts)):
                 batch = [load(item) for item in items[start : start + batch_size]]
-                rows = encode(batch, batch_size=batch_size, show_progress_bar=False)
+                try:
+                    rows = encode(batch, batch_size=batch_size, show_progress_bar=False)
+                except (ValueError, TypeError) as error:
+                    reason = (str(error).strip().splitlines() or [repr(error)])[0]
+                    raise UserError(f"{name}: cannot encode these items ({reason})") from error
                 file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
 
     write(out, fill)

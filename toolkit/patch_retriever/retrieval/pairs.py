@@ -78,8 +78,11 @@ def read_pairs(
     return PairsRead(tuple(pairs), tuple(skipped))
 
 
-def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | None]]:
-    """(where, picture path, text) of every row; what a row lacks is None."""
+def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | UserError | None]]:
+    """(where, picture path, text) of every row; what a row lacks is None.
+
+    For a row that cannot be read, the error stands in the place of the text.
+    """
     if not source.exists():
         raise UserError(f"{source}: no such pairs file or folder")
     if source.is_dir():
@@ -88,11 +91,16 @@ def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | None]]:
         if not found:
             for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in _PICTURES):
                 text = path.with_suffix(".txt")
-                yield str(path), path, text.read_text(encoding="utf-8") if text.is_file() else None
+                said: str | UserError | None
+                try:
+                    said = text.read_text(encoding="utf-8") if text.is_file() else None
+                except (UnicodeDecodeError, OSError) as error:
+                    said = UserError(f"{text}: not a UTF-8 text file ({error})")
+                yield str(path), path, said
             return
         source = found[0]
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{source}: not a UTF-8 text file ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -103,9 +111,9 @@ def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | None]]:
                 image = row.get("image", row.get("file_name"))
                 text = row.get("text")
             except (ValueError, AttributeError):
-                raise UserError(
-                    f'{where}: not a JSON object like {{"image": ..., "text": ...}}'
-                ) from None
+                example = '{"image": ..., "text": ...}'
+                yield where, None, UserError(f"{where}: not a JSON object like {example}")
+                continue
             named = source.parent / image if isinstance(image, str) and image else None
             yield where, named, text if isinstance(text, str) else None
 
@@ -115,11 +123,13 @@ def pairs_fingerprint(source: Path) -> str:
     rows = []
     for where, path, text in _rows(source):
         stat = path.stat() if path is not None and path.is_file() else None
-        rows.append([where, text, stat and stat.st_size, stat and stat.st_mtime_ns])
+        rows.append([where, text and str(text), stat and stat.st_size, stat and stat.st_mtime_ns])
     return value_hash(rows)
 
 
-def _check(where: str, path: Path | None, text: str | None) -> Pair:
+def _check(where: str, path: Path | None, text: str | UserError | None) -> Pair:
+    if isinstance(text, UserError):
+        raise text
     if path is None:
         raise UserError(f"{where}: no image")
     if text is None or not text.strip():
@@ -167,6 +177,10 @@ def split_pairs(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
     for r in order:  # to the split that lacks most
         split = max(SHARES, key=lambda s: wanted[s] - len(out[s]))
         out[split] += [pairs[i] for i in groups[r]]
+    if not all(out.values()):
+        raise UserError(
+            "the pairs cannot be split: nearly all are linked by pictures or texts that they share"
+        )
     return out
 
 
@@ -179,27 +193,32 @@ def pairs_collection(split: str, pairs: Sequence[Pair]) -> Collection:
     spoken = {_normal(pair.text): pair.text for pair in reversed(pairs)}
     number = {text: i for i, text in enumerate(texts)}
     text_items = [Item(spoken[text]) for text in texts]
-    picture_items = [Item(picture=pair.picture) for pair in pairs]
+    pictures = {pair.content: pair.picture for pair in reversed(pairs)}
+    shown = {content: i for i, content in enumerate(dict.fromkeys(p.content for p in pairs))}
+    picture_items = [Item(picture=pictures[content]) for content in shown]
     both_items = [Item(pair.text, pair.picture) for pair in pairs]
     text_numbers = tuple(range(len(texts)))
-    picture_numbers = tuple(range(len(texts), len(texts) + len(pairs)))
-    of_text: dict[int, list[int]] = defaultdict(list)
-    for position, pair in enumerate(pairs):
-        of_text[number[_normal(pair.text)]].append(position)
+    picture_numbers = tuple(range(len(texts), len(texts) + len(shown)))
+    of_text: dict[int, set[int]] = defaultdict(set)
+    of_picture: dict[int, set[int]] = defaultdict(set)
+    for pair in pairs:
+        text, picture = number[_normal(pair.text)], shown[pair.content]
+        of_text[text].add(picture)
+        of_picture[picture].add(text)
     tasks = (
         Task(
             "t->i",
             "t->i",
             text_numbers,
             picture_numbers,
-            tuple(tuple(of_text[t]) for t in text_numbers),
+            tuple(tuple(sorted(of_text[t])) for t in text_numbers),
         ),
         Task(
             "i->t",
             "i->t",
             picture_numbers,
             text_numbers,
-            tuple((number[_normal(p.text)],) for p in pairs),
+            tuple(tuple(sorted(of_picture[p])) for p in range(len(shown))),
         ),
     )
     return Collection(split, (*text_items, *picture_items, *both_items), tasks)

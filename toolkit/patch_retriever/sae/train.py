@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from patch_retriever.activations.store import Store
@@ -22,12 +23,12 @@ class SAESettings:
         "extra": "forbid"
     }  # an unknown key in a config file is an error
 
-    expansion: int = 8
+    expansion: Annotated[int, Field(ge=1)] = 8
     """Concepts per dimension of the activations."""
-    k: int = 24
+    k: Annotated[int, Field(ge=1)] = 24
     """Active concepts per token."""
-    steps: int = 600
-    batch_size: int = 1024
+    steps: Annotated[int, Field(ge=1)] = 600
+    batch_size: Annotated[int, Field(ge=1)] = 1024
     """Tokens per step."""
     lr: float = 2e-3
     dead_after: int = 60

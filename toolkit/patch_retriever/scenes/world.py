@@ -8,6 +8,7 @@ decided exactly instead of judged.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from dataclasses import dataclass, replace
 
@@ -99,6 +100,8 @@ def sample_scene(rng: random.Random, split: str | None = None) -> Scene:
 
     More objects are likelier than few: there are few scenes with one object.
     """
+    if split not in (None, *SPLIT_SHARES):
+        raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLIT_SHARES)}")
     while True:
         count = rng.choices((1, 2, 3, 4), (1, 2, 3, 3))[0]
         places = rng.sample(range(len(PLACES)), count)
@@ -117,12 +120,15 @@ def sample_edit(
     `kind` asks for one of `EDIT_KINDS`; a kind that the scene does not allow (removing its
     only object, adding a fifth) falls back to the others.
     """
-    while True:
+    for tries in itertools.count():
+        if tries == 100:  # perhaps no edit of this kind leads into `split`
+            kind = None
         edit = _draw_edit(rng, source, kind or rng.choice(EDIT_KINDS))
         if edit is None:
             kind = None
         elif edit.target != source and (split is None or edit.target.split == split):
             return edit
+    raise AssertionError("some edit leads into every split")
 
 
 def _draw_edit(rng: random.Random, source: Scene, kind: str) -> Edit | None:
