@@ -206,3 +206,9 @@ def test_a_model_that_does_not_load_is_named_in_one_line(tmp_path):
         load_model(str(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}: cannot be loaded (")
     assert "\n" not in str(caught.value)
+
+
+def test_the_seed_of_a_build_is_known(finished_build, tmp_path):
+    assert compare.build_seed([str(tmp_path), str(finished_build)]) == 0
+    (tmp_path / "patch-retriever.json").write_text('{"seed": 7}')
+    assert compare.build_seed([str(tmp_path), str(finished_build)]) == 7
