@@ -1,9 +1,9 @@
 """Does it hold? The whole build over several seeds, on the paper's readout and on the chosen one.
 
-A seed draws other calibration, validation and test scenes and trains another SAE. The model is
-the same. Writes one Markdown table per readout: for every method the mean of its test score and
-of R@1 for full captions over the seeds with the smallest and largest value, and on how many seeds
-its score was significantly above (+) or below (-) the base in that readout.
+A seed draws other calibration, validation and test scenes and trains another SAE; the model is the
+same. For every method: the mean over seeds of its test score and of R@1 for full captions, in
+percent with the smallest and largest value; on how many seeds its score was significantly above or
+below the base in that readout; on how many seeds validation chose it for export.
 
     python recipes/three_seeds.py --work /tmp/seeds --out docs/three-seeds.md
 """
