@@ -45,7 +45,8 @@ def learn_gains(
         removed_c = 1 - torch.sigmoid(logits_c)
         e_md = base_nd[items_m] - (codes_nc[items_m] * removed_c) @ dictionary_cd
         e_md = torch.nn.functional.normalize(e_md, dim=1)
-        q_nd, d_nd = e_md[places_n2[:, 0]], e_md[places_n2[:, 1]]
+        # index_select: the backward pass of plain indexing adds in no fixed order on many threads
+        q_nd, d_nd = (e_md.index_select(0, places_n) for places_n in places_n2.T)
         loss = _info_nce(q_nd, d_nd, places_n2, settings.temperature)
         loss = loss + settings.sparsity * removed_c.mean()
         optimiser.zero_grad(set_to_none=True)
