@@ -8,3 +8,8 @@ class UserError(Exception):
 
     The command line prints the line and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -80,7 +80,6 @@ def learn_concepts(
 
 
 def _unit(pooled_nd: Tensor) -> Any:
-
     return torch.nn.functional.normalize(pooled_nd, dim=1).numpy()
 
 

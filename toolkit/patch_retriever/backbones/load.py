@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.families import image_token_id
 from patch_retriever.backbones.readout import LAST, Readout
-from patch_retriever.errors import UserError
+from patch_retriever.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -57,7 +57,7 @@ def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu"
         try:
             transformer = Transformer(path, model_kwargs={"dtype": getattr(torch, dtype)})
         except Exception as error:  # damaged files make the libraries raise almost anything
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = first_line(error)
             raise UserError(f"{name_or_path}: cannot be loaded as a model ({reason})") from error
     modalities = [str(m) for m in transformer.modalities]
     if image_token_id(transformer.config) is None or "image" not in " ".join(modalities):
@@ -85,7 +85,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"device {device!r} cannot be used ({reason})") from None
 
 

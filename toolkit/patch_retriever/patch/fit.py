@@ -26,14 +26,9 @@ def _moments(x_nd: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean_d, centred_nd.T @ centred_nd / (len(x) - 1)
 
 
-def _affine(
-    name: str, by: By, means: Sequence[Tensor], weights: Sequence[Tensor], to: Tensor | None = None
-) -> Affine:
-    """(x - mean_g) W_g + `to`, as weights and biases in float32."""
-    biases = [
-        -mean_d @ weight_de + (0 if to is None else to)
-        for mean_d, weight_de in zip(means, weights, strict=True)
-    ]
+def _affine(name: str, by: By, means: Sequence[Tensor], weights: Sequence[Tensor]) -> Affine:
+    """(x - mean_g) W_g, as weights and biases in float32."""
+    biases = [-mean_d @ weight_de for mean_d, weight_de in zip(means, weights, strict=True)]
     return Affine(name, by, torch.stack(list(weights)).float(), torch.stack(biases).float())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from patch_retriever.backbones.load import BUILT_IN, built_in_model
 from patch_retriever.data import SCENES
-from patch_retriever.errors import UserError
+from patch_retriever.errors import UserError, first_line
 from patch_retriever.progress import Say, silent
 from patch_retriever.retrieval.encode import loader
 from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap, evaluate_embeddings
@@ -65,7 +65,7 @@ def load_model(name: str, device: str = "cpu") -> Any:
     try:
         return SentenceTransformer(name, device=device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise UserError(f"{name}: cannot be loaded ({reason})") from error
 
 
@@ -129,7 +129,7 @@ def _outcome(model: Any, collection: Collection, batch_size: int, name: str) -> 
             try:
                 encoded = encode(loaded, batch_size=batch_size, show_progress_bar=False)
             except (ValueError, TypeError) as error:
-                reason = (str(error).strip().splitlines() or [repr(error)])[0]
+                reason = first_line(error)
                 raise UserError(f"{name}: cannot encode these {side} ({reason})") from error
             parts.append(np.asarray(encoded, dtype=np.float32))
         found = np.concatenate(parts)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from patch_retriever.errors import UserError
+from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write
 from patch_retriever.items import Item, PictureFile
 from patch_retriever.progress import Progress, no_progress
@@ -76,7 +76,7 @@ def encode_file(
                 try:
                     rows = encode(batch, batch_size=batch_size, show_progress_bar=False)
                 except (ValueError, TypeError) as error:
-                    reason = (str(error).strip().splitlines() or [repr(error)])[0]
+                    reason = first_line(error)
                     raise UserError(f"{name}: cannot encode these items ({reason})") from error
                 file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
 
