@@ -21,6 +21,7 @@ from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.export import export_modules
 from patch_retriever.patch.operators import GROUPS, Affine, Subtract
+from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.model import SparseAutoencoder
 
 WIDTH, C = 32, 64
@@ -278,7 +279,7 @@ def test_a_finished_build_equals_its_live_twin(finished_build):
 def test_the_live_twin_of_a_build_equals_its_patch_on_features(finished_build, model_folder):
     patch = Patch.load(finished_build / "patch")
     readout = Readout.from_json(patch.about["readout"])
-    sae = SparseAutoencoder.load(finished_build / "run" / "sae")
+    sae = load_sae(finished_build / "run" / "sae")
     features = collect_features(load_backbone(model_folder), ITEMS, readout, sae, KINDS_N)
     retriever = PatchedRetriever.from_folder(finished_build)
     for role in (QUERY, DOCUMENT):

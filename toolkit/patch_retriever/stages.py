@@ -32,7 +32,7 @@ from patch_retriever.progress import Progress
 from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_embeddings
 from patch_retriever.retrieval.negatives import hard_negatives
-from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.train import train_sae
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def learn_concepts(
     pools."""
     share = 0.5 if readout.pooling == "lasttoken" else 0.0
     sae, figures = train_sae(Store(store), config.sae, config.seed, share, progress)
-    sae.save(folder, figures)
+    save_sae(sae, folder, figures)
 
 
 def _unit(pooled_nd: Tensor) -> Any:
@@ -93,7 +93,7 @@ def collect_splits(
     progress: Progress,
 ) -> None:
     """Pooled vectors and pooled codes of every split, one file each."""
-    sae = SparseAutoencoder.load(sae_folder).to(next(transformer.parameters()).device)
+    sae = load_sae(sae_folder).to(next(transformer.parameters()).device)
     for split in SPLITS:
         collection = data.splits[split]
         kinds_n = torch.from_numpy(collection.kinds())
@@ -113,7 +113,7 @@ def score(data: Data, features: Path, sae_folder: Path, folder: Path) -> None:
     centred_nd = raw_nd - means_kd[calibration.kinds_n.long()]
     score_concepts(
         calibration,
-        SparseAutoencoder.load(sae_folder).W_dec_cd,
+        load_sae(sae_folder).W_dec_cd,
         torch.from_numpy(collection.pairs(("t->i", "i->t"))),
         hard_negatives(raw_nd, crossing),
         hard_negatives(centred_nd, crossing),
@@ -136,7 +136,7 @@ def load_calibration(
     return Calibration(
         readout.site,
         found,
-        SparseAutoencoder.load(sae_folder),
+        load_sae(sae_folder),
         ConceptTable.load(concepts / "concepts.parquet"),
         gate,
         torch.tensor(queries),
