@@ -98,6 +98,7 @@ def build_retriever(
                 folder,
                 config.batch_size,
                 progress,
+                data.splits["calibration"].pairs(("t->i", "i->t")).tolist(),
             ),
             after=("readout",),
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patch_retriever.errors import UserError
-from patch_retriever.sae.train import SAESettings
+from patch_retriever.sae.settings import SAESettings
 
 
 class ScenesSettings(BaseModel):

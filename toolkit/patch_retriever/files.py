@@ -49,7 +49,9 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors (the same tensors always give the same bytes)."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -58,7 +60,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
     def save(p: Path) -> None:
         try:
-            save_file(contiguous, p)
+            save_file(contiguous, p, metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
 

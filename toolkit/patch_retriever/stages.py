@@ -16,8 +16,9 @@ from torch import Tensor
 
 import patch_retriever
 from patch_retriever.activations.collect import collect_features, collect_pooled
-from patch_retriever.activations.store import Store
+from patch_retriever.activations.store import Store, StoreSource
 from patch_retriever.backbones.families import n_layers
+from patch_retriever.backbones.inputs import ROLES
 from patch_retriever.backbones.readout import PAPER_READOUT, Readout, readout_grid
 from patch_retriever.concepts.scores import ConceptTable, score_concepts
 from patch_retriever.config import BuildConfig
@@ -33,7 +34,7 @@ from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_embeddings
 from patch_retriever.retrieval.negatives import hard_negatives
 from patch_retriever.sae.formats import load_sae, save_sae
-from patch_retriever.sae.train import train_sae
+from patch_retriever.sae.train import train_saes
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -70,13 +71,25 @@ def load_readout(folder: Path) -> Readout:
 
 
 def learn_concepts(
-    store: Path, readout: Readout, config: BuildConfig, folder: Path, progress: Progress
+    folder_of_store: Path, readout: Readout, config: BuildConfig, folder: Path, progress: Progress
 ) -> None:
     """Train the SAE on a store; half of what it sees are the tokens that a last-token readout
     pools."""
+    store = Store(folder_of_store)
     share = 0.5 if readout.pooling == "lasttoken" else 0.0
-    sae, figures = train_sae(Store(store), config.sae, config.seed, share, progress)
-    save_sae(sae, folder, figures)
+    settings = config.sae if config.sae.seed is not None else replace(config.sae, seed=config.seed)
+    pairs_p2d = None
+    if settings.shared != "none":
+        pairs_p2d = store.pooled_vectors()[torch.tensor(store.pairs)]
+    (trained,) = train_saes(
+        StoreSource(store),
+        [settings],
+        pooled_share=share,
+        pairs_p2d=pairs_p2d,
+        role_names=ROLES,
+        progress=progress,
+    )
+    save_sae(trained.sae, folder, trained.about())
 
 
 def _unit(pooled_nd: Tensor) -> Any:

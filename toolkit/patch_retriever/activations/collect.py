@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from patch_retriever.activations.store import StoreWriter
+from patch_retriever.activations.stream import Block
 from patch_retriever.backbones.inputs import TokenRoles, item_batches, pool, pooling_weights
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.readout import LAST, Readout
@@ -61,19 +62,86 @@ def collect_tokens(
     folder: Path,
     batch_size: int = 64,
     progress: Progress = no_progress,
+    pairs: list[list[int]] | None = None,
 ) -> None:
-    """Write the activations of every token at the readout's site into a store at `folder`."""
-    set_readout(transformer, readout)
-    probe, roles_of = Probe(transformer), TokenRoles(transformer)
+    """Write the activations of every token at the readout's site into a store at `folder`.
+
+    `pairs` are numbers of items that belong together; they are kept beside the activations.
+    """
     writer = StoreWriter(folder)
     n_batches = -(-len(items) // batch_size)
-    for _, features in progress(item_batches(transformer, items, batch_size), n_batches):
+    for tokens in progress(_token_batches(transformer, items, readout, batch_size), n_batches):
+        writer.add(*tokens)
+    writer.close(pairs)
+
+
+def _token_batches(
+    transformer: Transformer, items: Sequence[Item], readout: Readout, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Activations (t, d), roles, whether pooled, and item numbers of all tokens, by batches."""
+    set_readout(transformer, readout)
+    probe, roles_of = Probe(transformer), TokenRoles(transformer)
+    for numbers, features in item_batches(transformer, items, batch_size):
         tokens_ntd = probe.read(features, [LAST])[LAST]
         mask_nt = features["attention_mask"].bool()
         pooled_nt = pooling_weights(mask_nt, readout.pooling) > 0
         roles_nt = roles_of(features)
-        writer.add(tokens_ntd[mask_nt], roles_nt[mask_nt.cpu()], pooled_nt[mask_nt])
-    writer.close()
+        items_nt = torch.tensor(numbers)[:, None].expand(mask_nt.shape)
+        mask_on_cpu_nt = mask_nt.cpu()
+        yield (
+            tokens_ntd[mask_nt],
+            roles_nt[mask_on_cpu_nt],
+            pooled_nt[mask_nt],
+            items_nt[mask_on_cpu_nt],
+        )
+
+
+class LiveSource:
+    """A backbone as a source of training tokens: every block is computed when it is read.
+
+    Nothing is written to disk, and every epoch runs the backbone again. The last items (one in
+    twenty, at least one) are held out; every process takes its share of the others.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        items: Sequence[Item],
+        readout: Readout,
+        batch_size: int = 64,
+        items_in_block: int = 1024,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.transformer, self.items, self.readout = transformer, items, readout
+        self.batch_size, self.items_in_block = batch_size, items_in_block
+        self.rank, self.processes = rank, processes
+        self.n_training = len(items) - max(1, len(items) // 20)
+
+    def epoch(self, generator: torch.Generator) -> list[list[int]]:
+        """Item numbers in a random order, `items_in_block` at a time."""
+        order = torch.randperm(self.n_training, generator=generator).tolist()
+        mine, size = order[self.rank :: self.processes], self.items_in_block
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+    def read(self, block: list[int]) -> Block:
+        """The tokens of some items."""
+        activations_td, _, pooled_t = self._tokens([self.items[number] for number in block])
+        return Block(activations_td, pooled_t)
+
+    def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Up to `tokens` tokens of the items that `read` never gives, and their roles."""
+        activations_td, roles_t, _ = self._tokens(self.items[self.n_training :])
+        return activations_td[:tokens].float(), roles_t[:tokens]
+
+    def _tokens(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
+        """Activations in bf16, roles, and whether pooled, of all tokens of some items."""
+        found = list(_token_batches(self.transformer, items, self.readout, self.batch_size))
+        return (
+            torch.cat([tokens[0].to(torch.bfloat16).cpu() for tokens in found]),
+            torch.cat([tokens[1].cpu() for tokens in found]),
+            torch.cat([tokens[2].cpu() for tokens in found]),
+        )
 
 
 def collect_features(

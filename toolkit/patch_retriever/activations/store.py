@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from patch_retriever.activations.stream import Block
+from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "index.json"
+HELD_OUT = 0.05
+"""Share of every shard, at its end, that no training sees: SAEs are measured on it."""
 
 
 class StoreWriter:
@@ -28,18 +31,25 @@ class StoreWriter:
         self.tokens_per_shard = tokens_per_shard
         self._waiting: list[dict[str, Tensor]] = []
         self._shards: list[dict[str, object]] = []
+        self._d = self._n_items = 0
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX).unlink(missing_ok=True)
 
-    def add(self, activations_td: Tensor, roles_t: Tensor, pooled_t: Tensor) -> None:
-        """Add tokens: activations, role numbers, and whether the readout's pooling reads them."""
+    def add(
+        self, activations_td: Tensor, roles_t: Tensor, pooled_t: Tensor, items_t: Tensor
+    ) -> None:
+        """Add tokens: activations, role numbers, whether the readout's pooling reads them, and the
+        number of the item that they are part of."""
         self._waiting.append(
             {
                 "activations_td": activations_td.to(torch.bfloat16).cpu(),
                 "roles_t": roles_t.to(torch.uint8).cpu(),
                 "pooled_t": pooled_t.to(torch.uint8).cpu(),
+                "items_t": items_t.to(torch.int32).cpu(),
             }
         )
+        self._d = activations_td.shape[1]
+        self._n_items = max([self._n_items, *(items_t + 1).tolist()])
         if sum(len(w["roles_t"]) for w in self._waiting) >= self.tokens_per_shard:
             self._flush()
 
@@ -58,18 +68,39 @@ class StoreWriter:
             }
         )
 
-    def close(self) -> None:
-        """Write what is waiting and the index."""
+    def close(self, pairs: list[list[int]] | None = None) -> None:
+        """Write what is waiting and the index; `pairs` are the items that belong together."""
         self._flush()
-        write_json(self.folder / INDEX, {"shards": self._shards})
+        index = {"d": self._d, "items": self._n_items, "pairs": pairs or [], "shards": self._shards}
+        write_json(self.folder / INDEX, index)
 
 
 class Store:
-    """A finished activation store, read a few shards at a time."""
+    """A finished activation store, read a few shards at a time.
+
+    A shard's hash is checked when it is read for the first time.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Open a store.
+
+        Raises:
+            UserError: there is no finished store in the folder.
+        """
         self.folder = folder
-        self.shards = json.loads((folder / INDEX).read_text())["shards"]
+        try:
+            index = json.loads((folder / INDEX).read_text())
+            self.shards: list[dict[str, Any]] = index["shards"]
+            self.pairs: list[list[int]] = index["pairs"]
+            self.d, self.n_items = int(index["d"]), int(index["items"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{folder}: no finished activation store; `patch-retriever build` writes one to "
+                "OUT/run/collect"
+            ) from None
+        if not self.shards:
+            raise UserError(f"{folder}: the activation store is empty; collect some items into it")
+        self._checked: set[int] = set()
 
     @property
     def n_tokens(self) -> int:
@@ -77,40 +108,81 @@ class Store:
         return sum(shard["tokens"] for shard in self.shards)
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """One shard: `activations_td` (bf16), `roles_t`, `pooled_t`."""
+        """One shard: `activations_td` (bf16), `roles_t`, `pooled_t`, `items_t`.
+
+        Raises:
+            UserError: the file is missing or not what was written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self.folder / self.shards[number]["file"])
+        shard = self.shards[number]
+        path = self.folder / shard["file"]
+        try:
+            if number not in self._checked and file_hash(path) != shard["sha256"]:
+                raise ValueError("its bytes changed")
+            self._checked.add(number)
+            return load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{path}: damaged or missing ({error}); collect the activations again"
+            ) from None
 
-    def training_batches(
-        self, batch_size: int, seed: int, pooled_share: float = 0.0, shards_in_memory: int = 16
-    ) -> Iterator[Tensor]:
-        """Endless shuffled float32 batches (batch_size, d).
+    def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Up to about `tokens` tokens that no training sees, from all over the store: float32
+        activations (t, d) and roles (t,)."""
+        n = len(self.shards)
+        wanted = max(1, round(tokens * n / max(1, HELD_OUT * self.n_tokens)))
+        activations, roles = [], []
+        for number in torch.linspace(0, n - 1, min(n, wanted)).round().long().tolist():
+            shard = self.read(number)
+            first = _n_training(len(shard["roles_t"]))
+            activations.append(shard["activations_td"][first:].float())
+            roles.append(shard["roles_t"][first:])
+        return torch.cat(activations)[:tokens], torch.cat(roles)[:tokens]
 
-        Shards are read in a new random order every epoch, `shards_in_memory` at a time, and
-        tokens are shuffled among those. With `pooled_share`, tokens that the pooling reads are
-        repeated until they are that share of a batch (a last-token readout uses one in many).
-        """
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(self.shards), generator=generator).tolist()
-            for start in range(0, len(order), shards_in_memory):
-                shards = [self.read(i) for i in order[start : start + shards_in_memory]]
-                tokens_td = torch.cat([s["activations_td"] for s in shards])
-                pooled_t = torch.cat([s["pooled_t"] for s in shards]).bool()
-                picks = _repeat_pooled(pooled_t, pooled_share)
-                picks = picks.repeat(-(-batch_size // len(picks)))  # a batch at least
-                picks = picks[torch.randperm(len(picks), generator=generator)]
-                for k in range(0, len(picks) - batch_size + 1, batch_size):
-                    yield tokens_td[picks[k : k + batch_size]].float()
+    def pooled_vectors(self) -> Tensor:
+        """Every item's mean over the tokens that the readout's pooling reads, (items, d)."""
+        sums_id, counts_i = torch.zeros(self.n_items, self.d), torch.zeros(self.n_items)
+        for number in range(len(self.shards)):
+            shard = self.read(number)
+            pooled_t = shard["pooled_t"].bool()
+            items_t = shard["items_t"][pooled_t].long()
+            sums_id.index_add_(0, items_t, shard["activations_td"][pooled_t].float())
+            counts_i.index_add_(0, items_t, torch.ones(len(items_t)))
+        return sums_id / counts_i.clamp(min=1)[:, None]
 
 
-def _repeat_pooled(pooled_t: Tensor, share: float) -> Tensor:
-    """Token numbers, those in `pooled_t` repeated until they make up about `share` of all."""
-    all_t = torch.arange(len(pooled_t))
-    n_pooled = int(pooled_t.sum())
-    if share <= 0 or n_pooled == 0 or n_pooled == len(pooled_t):
-        return all_t
-    others = len(pooled_t) - n_pooled
-    repeats = max(1, round(share / (1 - share) * others / n_pooled))
-    return torch.cat([all_t[~pooled_t], all_t[pooled_t].repeat(repeats)])
+def _n_training(tokens: int) -> int:
+    """How many tokens at the beginning of a shard training may see."""
+    return tokens - max(int(tokens * HELD_OUT), int(tokens > 1))
+
+
+class StoreSource:
+    """A store as a source of training tokens; every process takes its share of every shard."""
+
+    def __init__(
+        self, store: Store, rank: int = 0, processes: int = 1, block_bytes: int = 536_870_912
+    ) -> None:
+        self.store, self.rank, self.processes = store, rank, processes
+        largest = max(shard["tokens"] for shard in store.shards)
+        self.shards_in_block = max(1, block_bytes * processes // (2 * store.d * largest))
+
+    def epoch(self, generator: torch.Generator) -> list[list[int]]:
+        """Shard numbers in a random order, as many in a block as memory is meant for."""
+        order = torch.randperm(len(self.store.shards), generator=generator).tolist()
+        size = self.shards_in_block
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def read(self, block: list[int]) -> Block:
+        """The tokens of some shards."""
+        parts = []
+        for number in block:
+            shard = self.store.read(number)
+            share = slice(self.rank, _n_training(len(shard["roles_t"])), self.processes)
+            parts.append((shard["activations_td"][share], shard["pooled_t"][share]))
+        return Block(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]).bool())
+
+    def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Tokens that no training sees, and their roles."""
+        return self.store.held_out(tokens)

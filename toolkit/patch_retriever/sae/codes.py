@@ -28,19 +28,32 @@ class Codes:
         return cls(starts_n1, concepts_e, codes_nc[rows_e, concepts_e], codes_nc.shape[1])
 
     @classmethod
-    def from_rows(cls, rows: Sequence[tuple[Sequence[int], Tensor]]) -> Codes:
-        """From batches of (row numbers, dense rows), in any order of rows."""
-        parts = [cls.from_dense(codes_nc) for _, codes_nc in rows]
-        numbers = [number for batch, _ in rows for number in batch]
-        stacked = cls(
-            torch.cat(
-                [torch.zeros(1, dtype=torch.long)]
-                + [p.starts_n1[1:] + o for p, o in zip(parts, _offsets(parts), strict=True)]
-            ),
+    def from_entries(
+        cls, rows_e: Tensor, concepts_e: Tensor, values_e: Tensor, n: int, c: int
+    ) -> Codes:
+        """Entries in the order of their rows, as a matrix (n, c)."""
+        counts_n = torch.bincount(rows_e, minlength=n)
+        starts_n1 = torch.cat([counts_n.new_zeros(1), counts_n.cumsum(0)])
+        return cls(starts_n1, concepts_e, values_e, c)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Codes]) -> Codes:
+        """Several below each other."""
+        offsets = torch.tensor([int(p.starts_n1[-1]) for p in parts]).cumsum(0)
+        starts = [parts[0].starts_n1]
+        starts += [p.starts_n1[1:] + o for p, o in zip(parts[1:], offsets, strict=False)]
+        return cls(
+            torch.cat(starts),
             torch.cat([p.concepts_e for p in parts]),
             torch.cat([p.values_e for p in parts]),
             parts[0].n_concepts,
         )
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple[Sequence[int], Tensor]]) -> Codes:
+        """From batches of (row numbers, dense rows), in any order of rows."""
+        numbers = [number for batch, _ in rows for number in batch]
+        stacked = cls.stacked([cls.from_dense(codes_nc) for _, codes_nc in rows])
         return stacked[torch.argsort(torch.tensor(numbers))]
 
     def __len__(self) -> int:
@@ -59,6 +72,17 @@ class Codes:
         """The item of every entry."""
         counts_n = self.starts_n1[1:] - self.starts_n1[:-1]
         return torch.arange(len(self)).repeat_interleave(counts_n)
+
+    def kept(self, keep_e: Tensor) -> Codes:
+        """Only the entries where `keep_e` holds."""
+        values_e, concepts_e = self.values_e[keep_e], self.concepts_e[keep_e]
+        return Codes.from_entries(
+            self.rows_e[keep_e], concepts_e, values_e, len(self), self.n_concepts
+        )
+
+    def counts(self) -> Tensor:
+        """How many items each concept is active in, (c,)."""
+        return torch.bincount(self.concepts_e, minlength=self.n_concepts)
 
     def scaled(self, scale_c: Tensor) -> Codes:
         """Every concept's activations times its entry in `scale_c`."""
@@ -89,12 +113,3 @@ class Codes:
         out_nc = torch.zeros(len(self), self.n_concepts)
         out_nc[self.rows_e, self.concepts_e] = self.values_e
         return out_nc
-
-
-def _offsets(parts: Sequence[Codes]) -> list[int]:
-    """Where each part's entries begin once all are concatenated."""
-    offsets, total = [], 0
-    for part in parts:
-        offsets.append(total)
-        total += int(part.starts_n1[-1])
-    return offsets

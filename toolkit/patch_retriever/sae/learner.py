@@ -10,7 +10,7 @@ steps) and rounds the copy that the next selection multiplies with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,6 +53,10 @@ class Weights:
         """Random unit rows, the encoder equal to the dictionary, biases zero."""
         rows_cd = torch.nn.functional.normalize(torch.randn(c, d, generator=generator), dim=1)
         return cls(rows_cd.clone(), torch.zeros(c), rows_cd, torch.zeros(d), torch.zeros(c))
+
+    def to(self, device: torch.device) -> Weights:
+        """On a device."""
+        return Weights(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Learner:
         self.weights, self.architecture = weights, architecture
         self.k_aux, self.aux_weight, self.dead_after = k_aux, aux_weight, dead_after
         self.shared, self.reduce = shared, reduce
-        self.adam = Adam()
+        self.adam = Adam(vars(weights))
         self.silent_c = torch.zeros_like(weights.b_enc_c, dtype=torch.long)
         self.W_low_cd = weights.W_enc_cd.bfloat16() if low_precision else weights.W_enc_cd
         ends = torch.tensor(architecture.prefix_ends(len(weights.b_enc_c)))
@@ -119,7 +123,26 @@ class Learner:
         """One step of training on normalised activations."""
         loss, gradient = self.gradient(x_nd, n_pairs)
         self.update(gradient, lr)
+        fired_c = self.reduce(loss.fired_c.float()) > 0
+        self.silent_c += 1
+        self.silent_c[fired_c] = 0
         return loss
+
+    @property
+    def dead_c(self) -> Tensor:
+        """Which concepts have not fired for `dead_after` steps."""
+        return self.silent_c >= self.dead_after
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name."""
+        return {**vars(self.weights), **self.adam.state(), "silent_c": self.silent_c}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        if self.W_low_cd is not self.weights.W_enc_cd:
+            self.W_low_cd.copy_(self.weights.W_enc_cd)
 
     def select(self, x_nd: Tensor) -> Entries:
         """The architecture's choice, from pre-activations in the precision of selection."""
@@ -134,7 +157,7 @@ class Learner:
 
     def _revived(self, x_nd: Tensor) -> Entries | None:
         """For every token the k_aux dead concepts with the largest pre-activations."""
-        dead_m = (self.silent_c >= self.dead_after).nonzero()[:, 0]
+        dead_m = self.dead_c.nonzero()[:, 0]
         if not len(dead_m):
             return None
         k = min(self.k_aux, len(dead_m))
@@ -221,15 +244,16 @@ class Learner:
         """Adam's step on all weights, and unit rows for the dictionary, in one pass."""
         weights, adam, reduce = self.weights, self.adam, self.reduce
         adam.begin(lr)
-        adam.update("b_enc_c", weights.b_enc_c, reduce(gradient.b_enc_c))
-        adam.update("b_dec_d", weights.b_dec_d, reduce(gradient.b_dec_d))
+        adam.update("b_enc_c", reduce(gradient.b_enc_c))
+        adam.update("b_dec_d", reduce(gradient.b_dec_d))
         if gradient.threshold_c is not None:
-            adam.update("threshold_c", weights.threshold_c, reduce(gradient.threshold_c))
+            adam.update("threshold_c", reduce(gradient.threshold_c))
             weights.threshold_c.clamp_(min=0)
+        normalise = int(adam.steps) % NORMALISE_EVERY == 0
         for concepts in self._parts():
-            adam.update("W_enc_cd", weights.W_enc_cd, reduce(gradient.encoder(concepts)), concepts)
-            adam.update("W_dec_cd", weights.W_dec_cd, reduce(gradient.decoder(concepts)), concepts)
-            if adam.steps % NORMALISE_EVERY == 0:
+            adam.update("W_enc_cd", reduce(gradient.encoder(concepts)), concepts)
+            adam.update("W_dec_cd", reduce(gradient.decoder(concepts)), concepts)
+            if normalise:
                 rows_jd = weights.W_dec_cd[concepts]
                 rows_jd.div_(torch.linalg.vector_norm(rows_jd, dim=1, keepdim=True))
             if self.W_low_cd is not weights.W_enc_cd:
@@ -247,36 +271,46 @@ def _squared_error(outputs_nd: Tensor, x_nd: Tensor) -> Tensor:
     return torch.nn.functional.mse_loss(outputs_nd, x_nd, reduction="sum") / len(x_nd)
 
 
-@dataclass
 class Adam:
-    """Adam (Kingma & Ba 2015) by torch's fused kernel, on parts of tensors."""
+    """Adam (Kingma & Ba 2015) by torch's fused kernel, on parts of named parameters."""
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    steps: int = 0
-    lr: float = 0.0
-    means: dict[str, Tensor] = field(default_factory=dict)
-    squares: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+    ) -> None:
+        self.parameters = parameters
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.means = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+        self.squares = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+        self.steps = torch.zeros(())
+        self.lr = 0.0
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and the number of steps, by name."""
+        means = {f"mean.{name}": tensor for name, tensor in self.means.items()}
+        squares = {f"square.{name}": tensor for name, tensor in self.squares.items()}
+        return {**means, **squares, "steps": self.steps}
 
     def begin(self, lr: float) -> None:
         """A new step with this learning rate."""
         self.steps += 1
         self.lr = lr
 
-    def update(self, name: str, whole: Tensor, gradient: Tensor, part: slice = slice(None)) -> None:
+    def update(self, name: str, gradient: Tensor, part: slice = slice(None)) -> None:
         """Move a part of a parameter by its gradient."""
         from torch.optim.adam import adam
 
-        if name not in self.means:
-            self.means[name], self.squares[name] = torch.zeros_like(whole), torch.zeros_like(whole)
+        parameter = self.parameters[name][part]
         adam(
-            [whole[part]],
+            [parameter],
             [gradient],
             [self.means[name][part]],
             [self.squares[name][part]],
             [],
-            [torch.tensor(self.steps - 1.0, device=whole.device)],
+            [(self.steps - 1).to(parameter.device)],  # the kernel counts this step itself
             fused=True,
             amsgrad=False,
             beta1=self.beta1,

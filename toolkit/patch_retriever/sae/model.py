@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from patch_retriever.sae.codes import Codes
+
+CHUNK_CODES = 8_388_608
+"""Dense codes that are alive at a time (32 MiB in float32)."""
+
 
 class SparseAutoencoder(nn.Module):
     """Codes z = u * [u > threshold] with u = x W_enc + b_enc; x is about z W_dec + b_dec.
@@ -13,8 +18,8 @@ class SparseAutoencoder(nn.Module):
     only the concepts that it needs. `W_enc_dc` is (d, c), `W_dec_cd` is (c, d) with unit rows.
     Activations go in raw: any normalisation of training is folded into the weights.
 
-    An SAE of somebody else's may have no thresholds but a TopK gate, `k`: the k largest u of a token
-    are its codes where they are positive. Its concepts can't be used one at a time before
+    An SAE of somebody else's may have no thresholds but a TopK gate, `k`: the k largest u of a
+    token are its codes where they are positive. Its concepts can't be used one at a time before
     `convert.with_thresholds` gave it thresholds.
     """
 
@@ -58,6 +63,11 @@ class SparseAutoencoder(nn.Module):
             return u_nc * (u_nc > self.threshold_c)
         values_nk, concepts_nk = u_nc.topk(self.k, dim=1)
         return torch.zeros_like(u_nc).scatter_(1, concepts_nk, values_nk.relu())
+
+    def codes(self, x_nd: Tensor) -> Codes:
+        """Codes (n, c) of activations (n, d), sparse; dense for some tokens at a time only."""
+        tokens = max(1, CHUNK_CODES // self.n_concepts)
+        return Codes.stacked([Codes.from_dense(self.encode(x)) for x in x_nd.split(tokens)])
 
     def decode(self, codes_nc: Tensor) -> Tensor:
         """Activations (n, d) reconstructed from codes (n, c)."""

@@ -1,163 +1,210 @@
-"""Training: TopK with revival of dead concepts, then one threshold per concept."""
+"""Training: one pass over a stream of activations, for one SAE or several at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from patch_retriever.activations.store import Store
+from patch_retriever.activations.stream import Source, batches
+from patch_retriever.files import value_hash
 from patch_retriever.progress import Progress, no_progress
+from patch_retriever.sae.architectures import make_architecture
+from patch_retriever.sae.checkpoint import Checkpoint
+from patch_retriever.sae.convert import Conversion, convert
+from patch_retriever.sae.learner import Learner, Loss, Weights
+from patch_retriever.sae.memory import keep_freed_memory
+from patch_retriever.sae.metrics import SAEMetrics, measure
 from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.ops import PreActivations, topk_of_batch
+from patch_retriever.sae.processes import Processes
+from patch_retriever.sae.settings import SAESettings
+from patch_retriever.sae.shared import SharedConcepts
+
+HELD_OUT_TOKENS = 16_384
+"""Tokens that no training saw: thresholds and figures come from them, one half each."""
 
 
 @dataclass(frozen=True)
-class SAESettings:
-    """How an SAE is trained."""
+class Now:
+    """How training goes, for who watches: figures of the SAEs in their order."""
 
-    __pydantic_config__: ClassVar = {
-        "extra": "forbid"
-    }  # an unknown key in a config file is an error
-
-    expansion: Annotated[int, Field(ge=1)] = 8
-    """Concepts per dimension of the activations."""
-    k: Annotated[int, Field(ge=1)] = 24
-    """Active concepts per token."""
-    steps: Annotated[int, Field(ge=1)] = 600
-    batch_size: Annotated[int, Field(ge=1)] = 1024
-    """Tokens per step."""
-    lr: float = 2e-3
-    dead_after: int = 60
-    """Steps without firing after which a concept is dead and trained on what is left over."""
-    k_aux: int = 64
-    """Dead concepts that reconstruct the error of each token (AuxK, Gao et al. 2024)."""
-    aux_weight: float = 1 / 32
+    step: int
+    tokens_per_second: float
+    fvu: list[float]
+    l0: list[float]
+    dead: list[float]
 
 
-class _TopK(nn.Module):
-    """The autoencoder while it trains: on normalised activations, with a TopK gate."""
-
-    def __init__(self, d: int, c: int, generator: torch.Generator) -> None:
-        super().__init__()
-        rows_cd = torch.randn(c, d, generator=generator)
-        rows_cd = rows_cd / rows_cd.norm(dim=1, keepdim=True)
-        self.W_dec_cd = nn.Parameter(rows_cd)
-        self.W_enc_dc = nn.Parameter(rows_cd.T.clone())
-        self.b_enc_c = nn.Parameter(torch.zeros(c))
-        self.b_dec_d = nn.Parameter(torch.zeros(d))
-
-    def pre_activations(self, x_nd: Tensor) -> Tensor:
-        """Before the gate, (n, c)."""
-        return (x_nd - self.b_dec_d) @ self.W_enc_dc + self.b_enc_c
-
-    def decode(self, concepts_nk: Tensor, values_nk: Tensor) -> Tensor:
-        """Sum of the chosen rows, (n, d), without a dense code."""
-        return nn.functional.embedding_bag(
-            concepts_nk, self.W_dec_cd, per_sample_weights=values_nk, mode="sum"
-        )
-
-    @torch.no_grad()
-    def unit_rows(self) -> None:
-        """Keep every concept's direction at length one."""
-        self.W_dec_cd.div_(self.W_dec_cd.norm(dim=1, keepdim=True))
+Watch = Callable[[Now], None]
 
 
-def train_sae(
-    store: Store,
-    settings: SAESettings,
-    seed: int,
+@dataclass(frozen=True)
+class TrainedSAE:
+    """An SAE with its settings and what was measured of it on tokens that it never saw."""
+
+    sae: SparseAutoencoder
+    settings: SAESettings
+    conversion: Conversion
+    metrics: SAEMetrics
+
+    def about(self) -> dict[str, Any]:
+        """Settings and figures, as JSON values."""
+        return {
+            "settings": asdict(self.settings),
+            "conversion": asdict(self.conversion),
+            "metrics": self.metrics.to_json(),
+        }
+
+
+def train_saes(
+    source: Source,
+    settings: Sequence[SAESettings],
+    *,
     pooled_share: float = 0.0,
+    pairs_p2d: Tensor | None = None,
+    role_names: tuple[str, ...] = (),
+    folder: Path | None = None,
+    checkpoint_every: int = 1000,
+    processes: Processes | None = None,
     progress: Progress = no_progress,
-) -> tuple[SparseAutoencoder, dict[str, float]]:
-    """Train on a store; returns the SAE (JumpReLU, raw activations) and figures about it.
+    watch: Watch | None = None,
+) -> list[TrainedSAE]:
+    """Train SAEs side by side on the same tokens.
 
-    The loss is the squared error per unit of variance plus AuxK (Gao et al. 2024, arXiv
-    2406.04093). Then each concept gets the threshold at which it fires as often as the TopK gate
-    chose it.
+    Args:
+        source: where tokens come from (`StoreSource`, `LiveSource`).
+        settings: one for each SAE; steps, batch size and the first seed are of all.
+        pooled_share: share of a batch that tokens have which the readout's pooling reads.
+        pairs_p2d: vectors of pairs (p, 2, d), for settings that share concepts.
+        role_names: names of the roles that the source numbers, for figures per role.
+        folder: where checkpoints are kept; a stopped training goes on from there and, on a CPU,
+            ends with the same bits. None: no checkpoints.
+        processes: several that train together, each on its share of every batch.
+
+    Raises:
+        UserError: an unknown architecture or option, or a checkpoint of other settings.
     """
-    batches = store.training_batches(settings.batch_size, seed, pooled_share)
-    first_nd = torch.cat([next(batches) for _ in range(8)])
-    mean_d = first_nd.mean(0)
-    scale = float((first_nd - mean_d).pow(2).sum(1).mean().sqrt())
-    d = first_nd.shape[1]
-    model = _TopK(d, settings.expansion * d, torch.Generator().manual_seed(seed))
-    optimiser = torch.optim.Adam(model.parameters(), settings.lr, betas=(0.9, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1.0, (s + 1) / 20, 5 * (settings.steps - s) / settings.steps)
+    processes = processes or Processes()
+    keep_freed_memory()
+    common = settings[0]
+    seed = common.seed or 0
+    local_size = max(1, common.batch_size // processes.count)
+    mean_d, scale = _statistics(source, local_size, seed, pooled_share, processes)
+    first_nd = (next(batches(source, local_size, seed, None, pooled_share))[0] - mean_d) / scale
+    learners = [_learner(s, first_nd.to(processes.device), processes) for s in settings]
+    pairs = None if pairs_p2d is None else _Pairs((pairs_p2d - mean_d) / scale, common, seed)
+    key = value_hash([[asdict(s) for s in settings], pooled_share, mean_d.tolist(), scale])
+    checkpoint = Checkpoint(folder, key, learners, processes)
+    start, position, fvu = checkpoint.load()
+    stream = batches(source, local_size, seed, position, pooled_share)
+    began, measured_from = time.monotonic(), start
+    for step in progress(range(start, common.steps), common.steps - start):
+        x_nd, position = next(stream)
+        x_nd = ((x_nd - mean_d) / scale).to(processes.device)
+        losses = []
+        for learner, own in zip(learners, settings, strict=True):
+            extra_qd = pairs.at(step) if pairs is not None and own.shared != "none" else None
+            batch_nd = x_nd if extra_qd is None else torch.cat([x_nd, extra_qd.to(x_nd.device)])
+            n_pairs = 0 if extra_qd is None else len(extra_qd) // 2
+            losses.append(learner.step(batch_nd, _lr(own, step, common.steps), n_pairs))
+        for i, loss in enumerate(losses):
+            fvu[i] += max(0.02, 1 / (step + 1)) * (float(loss.fvu) - fvu[i])
+        if watch is not None and ((step + 1) % 10 == 0 or step + 1 == common.steps):
+            rate = (step + 1 - measured_from) * common.batch_size / (time.monotonic() - began)
+            watch(_now(step + 1, rate, fvu, losses, learners))
+        if (step + 1) % checkpoint_every == 0:
+            checkpoint.save(step + 1, position, fvu)
+    held_out_nd, roles_n = source.held_out(HELD_OUT_TOKENS)
+    fitting, measuring = slice(0, None, 2), slice(1, None, 2)
+    trained = []
+    for learner, own in zip(learners, settings, strict=True):
+        sae, conversion = convert(learner, mean_d, scale, held_out_nd[fitting])
+        metrics = measure(sae, held_out_nd[measuring], roles_n[measuring], role_names)
+        trained.append(TrainedSAE(sae, own, conversion, metrics))
+    return trained
+
+
+def _lr(settings: SAESettings, step: int, steps: int) -> float:
+    """Linear warm-up; in the last fifth linearly down to zero."""
+    return settings.lr * min(1.0, (step + 1) / settings.warmup, 5 * (steps - step) / steps)
+
+
+def _statistics(
+    source: Source, batch_size: int, seed: int, pooled_share: float, processes: Processes
+) -> tuple[Tensor, float]:
+    """Mean (d,) and root mean square distance from it, of the first batches."""
+    stream = batches(source, batch_size, seed, None, pooled_share)
+    first_nd = torch.cat([next(stream)[0] for _ in range(8)])
+    mean_d = processes.mean(first_nd.mean(0))
+    square = processes.mean((first_nd - mean_d).square().sum(1).mean())
+    return mean_d, max(float(square) ** 0.5, 1e-12)
+
+
+def _learner(settings: SAESettings, x_nd: Tensor, processes: Processes) -> Learner:
+    """A new SAE; thresholds that are learned begin where BatchTopK would have its one."""
+    d = x_nd.shape[1]
+    architecture = make_architecture(settings.architecture, settings.k, **settings.options)
+    generator = torch.Generator().manual_seed(settings.seed or 0)
+    weights = Weights.random(d, settings.expansion * d, generator).to(x_nd.device)
+    if architecture.learns_threshold:
+        pre_activations = PreActivations(x_nd, weights.W_enc_cd, weights.b_enc_c)
+        entries = topk_of_batch(pre_activations, settings.k)
+        u_e = (x_nd[entries.rows_e] * weights.W_enc_cd[entries.concepts_e]).sum(1)
+        weights.threshold_c.fill_(float(processes.mean(u_e.min())))
+    shared = None
+    if settings.shared != "none":
+        shared = SharedConcepts(settings.shared, settings.shared_weight)
+    return Learner(
+        weights,
+        architecture,
+        k_aux=settings.k_aux,
+        aux_weight=settings.aux_weight,
+        dead_after=settings.dead_after,
+        low_precision=_low_precision(settings.precision, x_nd.device),
+        shared=shared,
+        reduce=processes.mean,
     )
-    silent_c = torch.zeros(settings.expansion * d, dtype=torch.long)
-    fvu = 1.0
-    for _ in progress(range(settings.steps), settings.steps):
-        x_nd = (next(batches) - mean_d) / scale
-        loss, error, fired_c = _loss(model, x_nd, silent_c >= settings.dead_after, settings)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        model.unit_rows()
-        silent_c = torch.where(fired_c, 0, silent_c + 1)
-        fvu += 0.02 * (float(error) - fvu)
-    dead = int((silent_c >= settings.dead_after).sum())
-    sae = _fold(model, mean_d, scale, batches, settings)
-    figures = {"fvu_topk": fvu, "dead": dead, **_figures(sae, batches)}
-    return sae, figures
 
 
-def _loss(
-    model: _TopK, x_nd: Tensor, dead_c: Tensor, settings: SAESettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Training loss, fraction of variance unexplained, and which concepts fired."""
-    u_nc = model.pre_activations(x_nd)
-    values_nk, concepts_nk = u_nc.topk(settings.k, dim=1)
-    residual_nd = x_nd - model.b_dec_d - model.decode(concepts_nk, values_nk.relu())
-    variance = (x_nd - x_nd.mean(0)).pow(2).sum()
-    error = residual_nd.pow(2).sum() / variance
-    loss = error
-    n_dead = int(dead_c.sum())
-    if n_dead:
-        k = min(settings.k_aux, n_dead)
-        aux_nk, rows_nk = u_nc.masked_fill(~dead_c, -torch.inf).topk(k, dim=1)
-        target_nd = residual_nd.detach()
-        left_nd = target_nd - model.decode(rows_nk, aux_nk.relu())
-        aux = left_nd.pow(2).sum() / target_nd.pow(2).sum()
-        loss = loss + settings.aux_weight * aux
-    fired_c = torch.zeros_like(dead_c)
-    fired_c[concepts_nk[values_nk > 0]] = True
-    return loss, error.detach(), fired_c
+def _low_precision(precision: str, device: torch.device) -> bool:
+    """Whether to select by a bf16 product."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-@torch.no_grad()
-def _fold(
-    model: _TopK, mean_d: Tensor, scale: float, batches: Iterator[Tensor], settings: SAESettings
-) -> SparseAutoencoder:
-    """The trained model on raw activations, with each concept's threshold."""
-    W_enc_dc = model.W_enc_dc.detach()
-    b_enc_c = model.b_enc_c - (model.b_dec_d + mean_d / scale) @ W_enc_dc
-    b_dec_d = mean_d + scale * model.b_dec_d
-    u_nc = torch.cat([next(batches) @ W_enc_dc + scale * b_enc_c for _ in range(16)])
-    values_nk, concepts_nk = u_nc.topk(settings.k, dim=1)
-    counts_c = torch.bincount(concepts_nk[values_nk > 0], minlength=u_nc.shape[1])
-    ranked_nc = u_nc.sort(dim=0, descending=True).values
-    # halfway between the last activation that counts and the first that does not
-    last_c = ranked_nc.gather(0, (counts_c - 1).clamp(min=0)[None])[0]
-    next_c = ranked_nc.gather(0, counts_c.clamp(max=len(u_nc) - 1)[None])[0]
-    threshold_c = torch.where(counts_c > 0, (last_c + next_c) / 2, ranked_nc[0] * 1.01).clamp(
-        min=1e-6
-    )
-    return SparseAutoencoder(
-        W_enc_dc, scale * b_enc_c, model.W_dec_cd.detach(), b_dec_d, threshold_c
+def _now(
+    step: int, rate: float, fvu: list[float], losses: list[Loss], learners: list[Learner]
+) -> Now:
+    return Now(
+        step,
+        rate,
+        list(fvu),
+        [float(loss.l0) for loss in losses],
+        [float(learner.dead_c.float().mean()) for learner in learners],
     )
 
 
-@torch.no_grad()
-def _figures(sae: SparseAutoencoder, batches: Iterator[Tensor]) -> dict[str, float]:
-    """FVU and active concepts per token with thresholds, on fresh batches."""
-    x_nd = torch.cat([next(batches) for _ in range(8)])
-    codes_nc = sae.encode(x_nd)
-    error = (x_nd - sae.decode(codes_nc)).pow(2).sum() / (x_nd - x_nd.mean(0)).pow(2).sum()
-    return {"fvu": float(error), "active": float((codes_nc > 0).sum(1).float().mean())}
+class _Pairs:
+    """Which pairs a step sees: all of them in a new order again and again."""
+
+    def __init__(self, pairs_p2d: Tensor, settings: SAESettings, seed: int) -> None:
+        self.pairs_p2d, self.seed = pairs_p2d, seed
+        self.size = min(settings.pairs_per_step, len(pairs_p2d))
+
+    def at(self, step: int) -> Tensor:
+        """The step's pairs, all first sides before all second sides, (2 pairs, d)."""
+        per_epoch = len(self.pairs_p2d) // self.size
+        generator = torch.Generator().manual_seed(self.seed + step // per_epoch)
+        order = torch.randperm(len(self.pairs_p2d), generator=generator)
+        first = step % per_epoch * self.size
+        return self.pairs_p2d[order[first : first + self.size]].transpose(0, 1).flatten(0, 1)

@@ -21,7 +21,7 @@ class JumpReLU(Architecture):
     The penalty (L0 / k - 1)^2 holds the mean number of active concepts at k.
     """
 
-    bandwidth: float = 0.02
+    bandwidth: float = 0.05
     """Width of the window, where tokens have a mean square norm of one."""
     l0_weight: float = 0.3
 

@@ -1,63 +1,159 @@
-"""SAELens' layout, which is ours: `cfg.json` and `sae_weights.safetensors`."""
+"""SAELens' layout, which is ours too: `cfg.json` and `sae_weights.safetensors`.
+
+W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in) and b_dec of one of three architectures: `standard`
+(ReLU), `topk` (with `k`) and `jumprelu` (with the tensor `threshold`), which is also what SAELens
+saves BatchTopK and Matryoshka SAEs as. Semantics from SAELens 6.54 (saes/*.py); configs from before
+6.0 name some settings differently (loading/pretrained_sae_loaders.py).
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from patch_retriever.errors import UserError
 from patch_retriever.files import write_json, write_tensors
+from patch_retriever.sae.formats.reading import (
+    fold_b_dec,
+    positive,
+    read_config,
+    read_safetensors,
+    take,
+)
 from patch_retriever.sae.model import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SAVED_BY = "patch-retriever"
+
+_OTHERS = {
+    "gated": "its gate and its codes have biases of their own",
+    "abstopk": "its codes may be negative",
+    "matching_pursuit": "its codes are searched for, not encoded",
+    "temporal": "its codes depend on the tokens before",
+    "transcoder": "it maps one site's activations to another's",
+    "skip_transcoder": "it maps one site's activations to another's",
+    "jumprelu_transcoder": "it maps one site's activations to another's",
+    "jumprelu_skip_transcoder": "it maps one site's activations to another's",
+    "batchtopk": "a training checkpoint; SAELens' save_inference_model() writes a jumprelu SAE",
+    "matryoshka_batchtopk": "a training checkpoint; SAELens' save_inference_model() writes a "
+    "jumprelu SAE",
+}
+"""Architectures of SAELens that are not read, and why."""
+
+_NORMALISATIONS = {
+    "expected_average_only_in": "fold the scale in (fold_activation_norm_scaling_factor)",
+    "covariance_whitening": "fold the whitening in (fold_activation_whitening)",
+    "layer_norm": "each token has its own scale, which no weights can hold",
+    "constant_norm_rescale": "each token has its own scale, which no weights can hold",
+}
+"""What SAELens may do to activations before they are encoded, and why that is not read."""
 
 
 def save(sae: SparseAutoencoder, folder: Path, about: dict[str, Any] | None = None) -> None:
     """Write `cfg.json` and `sae_weights.safetensors`; `about` becomes the metadata."""
-    write_tensors(
-        folder / WEIGHTS,
-        {
-            "W_enc": sae.W_enc_dc,
-            "b_enc": sae.b_enc_c,
-            "W_dec": sae.W_dec_cd,
-            "b_dec": sae.b_dec_d,
-            "threshold": sae.threshold_c,
-        },
-    )
+    tensors = {
+        "W_enc": sae.W_enc_dc,
+        "b_enc": sae.b_enc_c,
+        "W_dec": sae.W_dec_cd,
+        "b_dec": sae.b_dec_d,
+    }
+    gate: dict[str, Any]
+    if sae.k is None:
+        tensors["threshold"] = sae.threshold_c
+        gate = {"architecture": "jumprelu"}
+    else:
+        gate = {"architecture": "topk", "k": sae.k, "rescale_acts_by_decoder_norm": False}
+    write_tensors(folder / WEIGHTS, {name: tensor.float() for name, tensor in tensors.items()})
     config = {
-        "architecture": "jumprelu",
+        **gate,
         "d_in": sae.d_in,
         "d_sae": sae.n_concepts,
         "dtype": "float32",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "metadata": about or {},
+        "saved_by": SAVED_BY,
+        # the first version with these settings; without it SAELens drops the metadata
+        "sae_lens_version": "6.0.0",
     }
     write_json(folder / CONFIG, config)
 
 
+def recognises(path: Path) -> bool:
+    """Whether this is a folder in SAELens' layout."""
+    return (path / WEIGHTS).is_file()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `save` wrote this folder."""
+    return recognises(folder) and read_config(folder / CONFIG).get("saved_by") == SAVED_BY
+
+
 def load(folder: Path) -> SparseAutoencoder:
-    """Read such a folder.
+    """Read such a folder, whoever saved it.
 
     Raises:
-        UserError: the folder holds no such SAE or is damaged.
+        UserError: it is damaged, or an SAE whose codes ours could not reproduce.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    path = folder / CONFIG
+    config = read_config(path)
+    architecture = _architecture(path, config)
+    _check_normalisation(path, config)
+    shapes = {"W_enc": "dc", "b_enc": "c", "W_dec": "cd", "b_dec": "d"}
+    if architecture == "jumprelu":
+        shapes["threshold"] = "c"
+    d, c = positive(path, config, "d_in"), positive(path, config, "d_sae")
+    tensors = _without_unused_scale(read_safetensors(folder / WEIGHTS))
+    W_enc_dc, b_enc_c, W_dec_cd, b_dec_d, *rest = take(folder / WEIGHTS, tensors, shapes, d=d, c=c)
+    k = None
+    if architecture == "topk":
+        old = config.get("activation_fn_kwargs")  # where k was before 6.0
+        k = positive(path, old if isinstance(old, dict) and "k" in old else config, "k", most=c)
+        if config.get("rescale_acts_by_decoder_norm", False):
+            length_c = W_dec_cd.norm(dim=1)
+            W_enc_dc, b_enc_c = W_enc_dc * length_c, b_enc_c * length_c
+            W_dec_cd = torch.nn.functional.normalize(W_dec_cd, dim=1)
+    if config.get("apply_b_dec_to_input", True):
+        b_enc_c = fold_b_dec(b_enc_c, W_enc_dc, b_dec_d)
+    # SAELens gates after a ReLU, so negative thresholds act as zero
+    threshold_c = rest[0].clamp(min=0) if rest else torch.zeros_like(b_enc_c)
+    return SparseAutoencoder(W_enc_dc, b_enc_c, W_dec_cd, b_dec_d, threshold_c, k)
 
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        if config["architecture"] != "jumprelu":
-            raise UserError(
-                f"{folder}: an SAE of architecture {config['architecture']}; jumprelu is read"
-            )
-        t = load_file(folder / WEIGHTS)
-        d, c = config["d_in"], config["d_sae"]
-        shapes = {"W_enc": (d, c), "b_enc": (c,), "W_dec": (c, d), "b_dec": (d,)}
-        for name, shape in {**shapes, "threshold": (c,)}.items():
-            if tuple(t[name].shape) != shape:
-                raise ValueError(f"{name} is {tuple(t[name].shape)}, not {shape}")
-        return SparseAutoencoder(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], t["threshold"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: no readable SAE ({error})") from None
+
+def _architecture(path: Path, config: dict[str, Any]) -> str:
+    """`standard`, `topk` or `jumprelu`."""
+    architecture = config.get("architecture", "standard")
+    function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    if function == "topk":
+        return "topk"
+    if function != "relu":
+        raise UserError(f"{path}: an SAE with the activation {function!r}; relu and topk are read")
+    if architecture in ("standard", "topk", "jumprelu"):
+        return architecture
+    reason = _OTHERS.get(str(architecture), "unknown here")
+    raise UserError(
+        f"{path}: an SAE of architecture {architecture!r} ({reason}); standard, topk and jumprelu "
+        "are read"
+    )
+
+
+def _check_normalisation(path: Path, config: dict[str, Any]) -> None:
+    name = config.get("normalize_activations") or "none"
+    if name is True:  # before 6.0
+        name = "expected_average_only_in"
+    if name != "none":
+        raise UserError(
+            f"{path}: an SAE of activations normalised by {name!r}, which its weights do not hold; "
+            + _NORMALISATIONS.get(str(name), "only 'none' is read")
+        )
+
+
+def _without_unused_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the scale of the codes that old versions saved with every SAE, if all ones."""
+    scale = tensors.get("scaling_factor")
+    if scale is None or not bool((scale == 1).all()):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}

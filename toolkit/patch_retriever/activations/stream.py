@@ -1,0 +1,145 @@
+"""From blocks of activations to shuffled training batches, read ahead by a thread.
+
+Everything random follows from the seed and the position, so a stream can go on from any position
+and gives what it would have given.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Block:
+    """As many tokens as are shuffled together: activations (t, d) in bf16, and whether the
+    readout's pooling reads them, (t,)."""
+
+    activations_td: Tensor
+    pooled_t: Tensor
+
+
+class Source(Protocol):
+    """Where training tokens come from: a store, or the backbone itself."""
+
+    def epoch(self, generator: torch.Generator) -> list[list[int]]:
+        """The blocks of one epoch, each named by numbers of shards or items, in random order."""
+        ...
+
+    def read(self, block: list[int]) -> Block:
+        """A block's tokens (this process's share of them)."""
+        ...
+
+    def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Tokens (t, d) in float32 that `read` never gives, and their roles (t,)."""
+        ...
+
+
+class Position(NamedTuple):
+    """A place in the stream: the next batch to come."""
+
+    epoch: int = 0
+    block: int = 0
+    batch: int = 0
+
+
+def batches(
+    source: Source,
+    batch_size: int,
+    seed: int,
+    start: Position | None = None,
+    pooled_share: float = 0.0,
+) -> Iterator[tuple[Tensor, Position]]:
+    """Endless shuffled float32 batches (batch_size, d), each with the position after it.
+
+    Blocks come in a new random order every epoch and tokens are shuffled within a block. With
+    `pooled_share`, tokens that the pooling reads are repeated until they are that share of a batch
+    (a last-token readout uses one in many). While a block is used, the next is being read: at most
+    three are in memory.
+    """
+    start = start or Position()
+    for epoch, number, block in prefetched(_blocks(source, seed, start)):
+        picks = _repeat_pooled(block.pooled_t, pooled_share)
+        picks = picks.repeat(-(-batch_size // len(picks)))  # a batch at least
+        picks = picks[torch.randperm(len(picks), generator=_generator(seed, epoch, number + 1))]
+        here = (epoch, number) == (start.epoch, start.block)
+        for batch in range(start.batch if here else 0, len(picks) // batch_size):
+            rows = picks[batch * batch_size : (batch + 1) * batch_size]
+            yield block.activations_td[rows].float(), Position(epoch, number, batch + 1)
+
+
+def _blocks(source: Source, seed: int, start: Position) -> Iterator[tuple[int, int, Block]]:
+    """Endless blocks from a position on, with their epoch and number."""
+    epoch, first = start.epoch, start.block
+    while True:
+        numbers = source.epoch(_generator(seed, epoch, 0))
+        for number in range(first, len(numbers)):
+            yield epoch, number, source.read(numbers[number])
+        epoch, first = epoch + 1, 0
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    """A generator that follows from several numbers."""
+    (seed,) = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+def _repeat_pooled(pooled_t: Tensor, share: float) -> Tensor:
+    """Token numbers, those in `pooled_t` repeated until they make up about `share` of all."""
+    all_t = torch.arange(len(pooled_t))
+    n_pooled = int(pooled_t.sum())
+    if share <= 0 or n_pooled == 0 or n_pooled == len(pooled_t):
+        return all_t
+    others = len(pooled_t) - n_pooled
+    repeats = max(1, round(share / (1 - share) * others / n_pooled))
+    return torch.cat([all_t[~pooled_t], all_t[pooled_t].repeat(repeats)])
+
+
+def prefetched(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one being made by a thread while one is used.
+
+    An error of the thread's is raised here. The thread stops when this iterator is closed.
+    """
+    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
+    closed = threading.Event()
+
+    def put(item: T | None, error: BaseException | None) -> None:
+        while not closed.is_set():
+            try:
+                return waiting.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+        return None
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if closed.is_set():
+                    return
+            put(None, StopIteration())
+        except BaseException as error:
+            put(None, error)
+
+    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        closed.set()
