@@ -107,6 +107,7 @@ def build_retriever(
             lambda folder: learn_concepts(store, readout, config, folder, progress),
             after=("collect",),
             settings=asdict(config.sae),
+            given=config.sae_from and sae_fingerprint(config.sae_from),
         )
         features = run.stage(
             "features",
@@ -167,7 +168,16 @@ def _data(run: Run, config: BuildConfig, progress: Progress) -> Data:
 def model_fingerprint(name: str) -> str:
     """Changes when a local model's files change; a hub id stands for itself."""
     folder = built_in_model() if name == BUILT_IN else Path(name)
-    if not folder.is_dir():
+    return _fingerprint(folder, name, (".safetensors", ".json", ".jinja"))
+
+
+def sae_fingerprint(name: str) -> str:
+    """Changes when a local SAE's files change; a hub id stands for itself."""
+    return _fingerprint(Path(name), name, (".safetensors", ".json", ".pt"))
+
+
+def _fingerprint(path: Path, name: str, suffixes: tuple[str, ...]) -> str:
+    if not path.exists():
         return name
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in suffixes)
     return value_hash([[p.name, file_hash(p)] for p in files])

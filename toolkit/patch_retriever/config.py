@@ -41,6 +41,8 @@ class BuildConfig(BaseModel):
     batch_size: int = Field(64, ge=1)
     scenes: ScenesSettings = ScenesSettings()  # type: ignore[call-arg]
     sae: SAESettings = SAESettings()
+    sae_from: str | None = None
+    """An SAE to use instead of training one: a folder or a hub id, in a format that is read."""
 
     @classmethod
     def read(cls, path: Path | None, **overrides: Any) -> BuildConfig:

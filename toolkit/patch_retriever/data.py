@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patch_retriever.files import write_json
-from patch_retriever.items import PictureFile
+from patch_retriever.items import Item, PictureFile
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.pairs import (
     Pair,
@@ -85,3 +85,16 @@ def pairs_data(folder: Path, built_in_model: bool) -> Data:
             "pipeline runs on such data, not what a real MLLM would reach."
         )
     return Data(splits, about + ".", warning)
+
+
+def all_items(pairs: str) -> list[Item]:
+    """Every item of a pairs file or of the built-in world's calibration split, for a training
+    that needs no tasks."""
+    if pairs == SCENES:
+        from patch_retriever.scenes.tasks import scenes_collection
+
+        return list(scenes_collection("calibration", 350, 0).items)
+    read = read_pairs(Path(pairs))
+    return [
+        item for pair in read.pairs for item in (Item(picture=pair.picture), Item(text=pair.text))
+    ]

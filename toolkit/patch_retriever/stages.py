@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from patch_retriever.backbones.readout import PAPER_READOUT, Readout, readout_gr
 from patch_retriever.concepts.scores import ConceptTable, score_concepts
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import SPLITS, Data
+from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.files import write_json, write_text
 from patch_retriever.patch.artefact import Patch
@@ -33,8 +34,11 @@ from patch_retriever.progress import Progress
 from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_embeddings
 from patch_retriever.retrieval.negatives import hard_negatives
+from patch_retriever.sae.convert import with_thresholds
 from patch_retriever.sae.formats import load_sae, save_sae
-from patch_retriever.sae.train import train_saes
+from patch_retriever.sae.metrics import measure
+from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.train import HELD_OUT_TOKENS, train_saes
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -76,6 +80,9 @@ def learn_concepts(
     """Train the SAE on a store; half of what it sees are the tokens that a last-token readout
     pools."""
     store = Store(folder_of_store)
+    if config.sae_from is not None:
+        sae, about = adopt_sae(config.sae_from, store)
+        return save_sae(sae, folder, about)
     share = 0.5 if readout.pooling == "lasttoken" else 0.0
     settings = config.sae if config.sae.seed is not None else replace(config.sae, seed=config.seed)
     pairs_p2d = None
@@ -89,7 +96,30 @@ def learn_concepts(
         role_names=ROLES,
         progress=progress,
     )
-    save_sae(trained.sae, folder, trained.about())
+    return save_sae(trained.sae, folder, trained.about())
+
+
+def adopt_sae(
+    source: str, store: Store, k: int | None = None
+) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """Somebody's SAE with a threshold per concept, and figures of it on a store.
+
+    Raises:
+        UserError: it can't be read, or is for activations of another width.
+    """
+    sae = load_sae(source, k)
+    about: dict[str, Any] = {"from": source}
+    if sae.d_in != store.d:
+        raise UserError(
+            f"{source}: an SAE for activations of {sae.d_in} dimensions; the backbone's have "
+            f"{store.d}, so it was trained on another model"
+        )
+    x_nd, roles_n = store.held_out(HELD_OUT_TOKENS)
+    if sae.k is not None:
+        sae, conversion = with_thresholds(sae, x_nd[::2])
+        about["conversion"] = asdict(conversion)
+    about["metrics"] = measure(sae, x_nd[1::2], roles_n[1::2], ROLES).to_json()
+    return sae, about
 
 
 def _unit(pooled_nd: Tensor) -> Any:

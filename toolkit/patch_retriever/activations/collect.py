@@ -20,6 +20,9 @@ from patch_retriever.probe import Probe
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.codes import Codes
 
+HELD_OUT_EVERY = 20
+"""A live source keeps one item in so many from training: SAEs are measured on them."""
+
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from torch import Tensor
@@ -99,8 +102,8 @@ def _token_batches(
 class LiveSource:
     """A backbone as a source of training tokens: every block is computed when it is read.
 
-    Nothing is written to disk, and every epoch runs the backbone again. The last items (one in
-    twenty, at least one) are held out; every process takes its share of the others.
+    Nothing is written to disk, and every epoch runs the backbone again. One item in
+    twenty is held out; every process takes its share of the others.
     """
 
     def __init__(
@@ -116,12 +119,14 @@ class LiveSource:
         self.transformer, self.items, self.readout = transformer, items, readout
         self.batch_size, self.items_in_block = batch_size, items_in_block
         self.rank, self.processes = rank, processes
-        self.n_training = len(items) - max(1, len(items) // 20)
+        self.held_out_items = list(items[::HELD_OUT_EVERY])
+        self.training = [i for i in range(len(items)) if i % HELD_OUT_EVERY]
 
     def epoch(self, generator: torch.Generator) -> list[list[int]]:
         """Item numbers in a random order, `items_in_block` at a time."""
-        order = torch.randperm(self.n_training, generator=generator).tolist()
-        mine, size = order[self.rank :: self.processes], self.items_in_block
+        order = torch.randperm(len(self.training), generator=generator).tolist()
+        mine = [self.training[i] for i in order[self.rank :: self.processes]]
+        size = self.items_in_block
         return [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def read(self, block: list[int]) -> Block:
@@ -131,7 +136,7 @@ class LiveSource:
 
     def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Up to `tokens` tokens of the items that `read` never gives, and their roles."""
-        activations_td, roles_t, _ = self._tokens(self.items[self.n_training :])
+        activations_td, roles_t, _ = self._tokens(self.held_out_items)
         return activations_td[:tokens].float(), roles_t[:tokens]
 
     def _tokens(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
@@ -60,7 +61,7 @@ def batches(
     seed: int,
     start: Position | None = None,
     pooled_share: float = 0.0,
-) -> Iterator[tuple[Tensor, Position]]:
+) -> Generator[tuple[Tensor, Position]]:
     """Endless shuffled float32 batches (batch_size, d), each with the position after it.
 
     Blocks come in a new random order every epoch and tokens are shuffled within a block. With
@@ -69,14 +70,16 @@ def batches(
     three are in memory.
     """
     start = start or Position()
-    for epoch, number, block in prefetched(_blocks(source, seed, start)):
-        picks = _repeat_pooled(block.pooled_t, pooled_share)
-        picks = picks.repeat(-(-batch_size // len(picks)))  # a batch at least
-        picks = picks[torch.randperm(len(picks), generator=_generator(seed, epoch, number + 1))]
-        here = (epoch, number) == (start.epoch, start.block)
-        for batch in range(start.batch if here else 0, len(picks) // batch_size):
-            rows = picks[batch * batch_size : (batch + 1) * batch_size]
-            yield block.activations_td[rows].float(), Position(epoch, number, batch + 1)
+    with closing(prefetched(_blocks(source, seed, start))) as blocks:
+        for epoch, number, block in blocks:
+            picks = _repeat_pooled(block.pooled_t, pooled_share)
+            picks = picks.repeat(-(-batch_size // len(picks)))  # a batch at least
+            generator = _generator(seed, epoch, number + 1)
+            picks = picks[torch.randperm(len(picks), generator=generator)]
+            here = (epoch, number) == (start.epoch, start.block)
+            for batch in range(start.batch if here else 0, len(picks) // batch_size):
+                rows = picks[batch * batch_size : (batch + 1) * batch_size]
+                yield block.activations_td[rows].float(), Position(epoch, number, batch + 1)
 
 
 def _blocks(source: Source, seed: int, start: Position) -> Iterator[tuple[int, int, Block]]:
@@ -106,10 +109,11 @@ def _repeat_pooled(pooled_t: Tensor, share: float) -> Tensor:
     return torch.cat([all_t[~pooled_t], all_t[pooled_t].repeat(repeats)])
 
 
-def prefetched(items: Iterator[T]) -> Iterator[T]:
+def prefetched(items: Iterator[T]) -> Generator[T]:
     """The same items, the next one being made by a thread while one is used.
 
-    An error of the thread's is raised here. The thread stops when this iterator is closed.
+    An error of the thread's is raised here. Closing this iterator waits for the thread, so that
+    nothing of it runs beside what comes next.
     """
     waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
     closed = threading.Event()
@@ -132,7 +136,8 @@ def prefetched(items: Iterator[T]) -> Iterator[T]:
         except BaseException as error:
             put(None, error)
 
-    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
     try:
         while True:
             item, error = waiting.get()
@@ -143,3 +148,4 @@ def prefetched(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
     finally:
         closed.set()
+        thread.join()

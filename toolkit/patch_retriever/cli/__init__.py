@@ -1,4 +1,4 @@
-"""The command line: `patch-retriever build | evaluate | encode | info | doctor`."""
+"""The command line: `patch-retriever COMMAND`, one module for each command."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import click
 
 from patch_retriever import __version__
 from patch_retriever.cli.build import build
+from patch_retriever.cli.convert_sae import convert_sae
 from patch_retriever.cli.doctor import doctor
 from patch_retriever.cli.encode import encode
 from patch_retriever.cli.evaluate import evaluate
 from patch_retriever.cli.info import info
+from patch_retriever.cli.train_sae import train_sae
 from patch_retriever.errors import UserError
 
 
@@ -43,9 +45,10 @@ def main() -> None:
     patch-retriever build -o demo                     the built-in model and world
     patch-retriever build Qwen/Qwen2-VL-2B-Instruct --pairs photos.jsonl -o my-retriever
     patch-retriever info my-retriever                 what was done, and the table
+    patch-retriever train-sae demo/run/collect -o sae an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
     """
 
 
-for command in (build, evaluate, encode, info, doctor):
+for command in (build, train_sae, convert_sae, evaluate, encode, info, doctor):
     main.add_command(command)

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "paper"]),
     help="auto tries readouts on validation, paper pins the paper's. [default: auto]",
 )
+@click.option(
+    "--sae",
+    metavar="FOLDER|ID",
+    help="An SAE to use instead of training one: SAELens, sparsify, dictionary_learning.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random. [default: 0]")
 @click.option("--device", help="torch device. [default: cpu]")
 @click.option(
@@ -50,6 +55,7 @@ def build(
     out: Path,
     config_file: Path | None,
     preset: str | None,
+    sae: str | None,
     seed: int | None,
     device: str | None,
     dtype: str | None,
@@ -81,6 +87,7 @@ def build(
         model=model,
         pairs=pairs,
         preset=preset,
+        sae_from=sae,
         seed=seed,
         device=device,
         dtype=dtype,

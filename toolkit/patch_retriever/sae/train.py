@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from patch_retriever.sae.learner import Learner, Loss, Weights
 from patch_retriever.sae.memory import keep_freed_memory
 from patch_retriever.sae.metrics import SAEMetrics, measure
 from patch_retriever.sae.model import SparseAutoencoder
-from patch_retriever.sae.ops import PreActivations, topk_of_batch
+from patch_retriever.sae.ops import PreActivations, sampled_products, topk_of_batch
 from patch_retriever.sae.processes import Processes
 from patch_retriever.sae.settings import SAESettings
 from patch_retriever.sae.shared import SharedConcepts
@@ -95,31 +96,33 @@ def train_saes(
     common = settings[0]
     seed = common.seed or 0
     local_size = max(1, common.batch_size // processes.count)
-    mean_d, scale = _statistics(source, local_size, seed, pooled_share, processes)
-    first_nd = (next(batches(source, local_size, seed, None, pooled_share))[0] - mean_d) / scale
-    learners = [_learner(s, first_nd.to(processes.device), processes) for s in settings]
+    with closing(batches(source, local_size, seed, None, pooled_share)) as stream:
+        first_nd = torch.cat([next(stream)[0] for _ in range(8)])
+    mean_d, scale = _statistics(first_nd, processes)
+    normalised_nd = ((first_nd[:local_size] - mean_d) / scale).to(processes.device)
+    learners = [_learner(s, normalised_nd, processes) for s in settings]
     pairs = None if pairs_p2d is None else _Pairs((pairs_p2d - mean_d) / scale, common, seed)
     key = value_hash([[asdict(s) for s in settings], pooled_share, mean_d.tolist(), scale])
     checkpoint = Checkpoint(folder, key, learners, processes)
     start, position, fvu = checkpoint.load()
-    stream = batches(source, local_size, seed, position, pooled_share)
     began, measured_from = time.monotonic(), start
-    for step in progress(range(start, common.steps), common.steps - start):
-        x_nd, position = next(stream)
-        x_nd = ((x_nd - mean_d) / scale).to(processes.device)
-        losses = []
-        for learner, own in zip(learners, settings, strict=True):
-            extra_qd = pairs.at(step) if pairs is not None and own.shared != "none" else None
-            batch_nd = x_nd if extra_qd is None else torch.cat([x_nd, extra_qd.to(x_nd.device)])
-            n_pairs = 0 if extra_qd is None else len(extra_qd) // 2
-            losses.append(learner.step(batch_nd, _lr(own, step, common.steps), n_pairs))
-        for i, loss in enumerate(losses):
-            fvu[i] += max(0.02, 1 / (step + 1)) * (float(loss.fvu) - fvu[i])
-        if watch is not None and ((step + 1) % 10 == 0 or step + 1 == common.steps):
-            rate = (step + 1 - measured_from) * common.batch_size / (time.monotonic() - began)
-            watch(_now(step + 1, rate, fvu, losses, learners))
-        if (step + 1) % checkpoint_every == 0:
-            checkpoint.save(step + 1, position, fvu)
+    with closing(batches(source, local_size, seed, position, pooled_share)) as stream:
+        for step in progress(range(start, common.steps), common.steps - start):
+            x_nd, position = next(stream)
+            x_nd = ((x_nd - mean_d) / scale).to(processes.device)
+            losses = []
+            for learner, own in zip(learners, settings, strict=True):
+                extra_qd = pairs.at(step) if pairs is not None and own.shared != "none" else None
+                batch_nd = x_nd if extra_qd is None else torch.cat([x_nd, extra_qd.to(x_nd.device)])
+                n_pairs = 0 if extra_qd is None else len(extra_qd) // 2
+                losses.append(learner.step(batch_nd, _lr(own, step, common.steps), n_pairs))
+            for i, loss in enumerate(losses):
+                fvu[i] += max(0.02, 1 / (step + 1)) * (float(loss.fvu) - fvu[i])
+            if watch is not None and ((step + 1) % 10 == 0 or step + 1 == common.steps):
+                rate = (step + 1 - measured_from) * common.batch_size / (time.monotonic() - began)
+                watch(_now(step + 1, rate, fvu, losses, learners))
+            if (step + 1) % checkpoint_every == 0:
+                checkpoint.save(step + 1, position, fvu)
     held_out_nd, roles_n = source.held_out(HELD_OUT_TOKENS)
     fitting, measuring = slice(0, None, 2), slice(1, None, 2)
     trained = []
@@ -135,14 +138,10 @@ def _lr(settings: SAESettings, step: int, steps: int) -> float:
     return settings.lr * min(1.0, (step + 1) / settings.warmup, 5 * (steps - step) / steps)
 
 
-def _statistics(
-    source: Source, batch_size: int, seed: int, pooled_share: float, processes: Processes
-) -> tuple[Tensor, float]:
-    """Mean (d,) and root mean square distance from it, of the first batches."""
-    stream = batches(source, batch_size, seed, None, pooled_share)
-    first_nd = torch.cat([next(stream)[0] for _ in range(8)])
-    mean_d = processes.mean(first_nd.mean(0))
-    square = processes.mean((first_nd - mean_d).square().sum(1).mean())
+def _statistics(x_nd: Tensor, processes: Processes) -> tuple[Tensor, float]:
+    """Mean (d,) and root mean square distance from it."""
+    mean_d = processes.mean(x_nd.mean(0))
+    square = processes.mean((x_nd - mean_d).square().sum(1).mean())
     return mean_d, max(float(square) ** 0.5, 1e-12)
 
 
@@ -155,7 +154,7 @@ def _learner(settings: SAESettings, x_nd: Tensor, processes: Processes) -> Learn
     if architecture.learns_threshold:
         pre_activations = PreActivations(x_nd, weights.W_enc_cd, weights.b_enc_c)
         entries = topk_of_batch(pre_activations, settings.k)
-        u_e = (x_nd[entries.rows_e] * weights.W_enc_cd[entries.concepts_e]).sum(1)
+        u_e = sampled_products(x_nd, weights.W_enc_cd, entries.rows_e, entries.concepts_e)
         weights.threshold_c.fill_(float(processes.mean(u_e.min())))
     shared = None
     if settings.shared != "none":

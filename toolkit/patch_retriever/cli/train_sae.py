@@ -1,0 +1,204 @@
+"""`patch-retriever train-sae`."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from patch_retriever.sae.train import Now, TrainedSAE
+
+
+@click.command("train-sae")
+@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
+)
+@click.option(
+    "--architecture",
+    multiple=True,
+    type=click.Choice(["topk", "batch-topk", "matryoshka", "jumprelu"]),
+    default=["topk"],
+    show_default=True,
+    help="What decides which concepts are active.",
+)
+@click.option(
+    "--k",
+    multiple=True,
+    type=click.IntRange(1),
+    default=[32],
+    show_default=True,
+    help="Active concepts per token, exactly or on average.",
+)
+@click.option(
+    "--expansion",
+    multiple=True,
+    type=click.IntRange(1),
+    default=[8],
+    show_default=True,
+    help="Concepts per dimension.",
+)
+@click.option(
+    "--seed",
+    multiple=True,
+    type=click.IntRange(0),
+    default=[0],
+    show_default=True,
+    help="Of the weights; the first one's also of the order of tokens.",
+)
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=2048, show_default=True, help="Tokens a step."
+)
+@click.option("--lr", type=click.FloatRange(0), default=1e-3, show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="Of the product that selects; chosen codes are always computed in float32.",
+)
+@click.option(
+    "--shared",
+    type=click.Choice(["none", "iso-energy", "group-sparse"]),
+    default="none",
+    show_default=True,
+    help="Let the store's image-text pairs pull concepts together.",
+)
+@click.option("--shared-weight", type=click.FloatRange(0), default=0.03, show_default=True)
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="What only one architecture has: prefixes=[0.25,1], bandwidth=0.05, l0_weight=0.3.",
+)
+@click.option(
+    "--pooled-share",
+    type=click.FloatRange(0, 0.99),
+    default=0.0,
+    show_default=True,
+    help="Repeat tokens that the readout pools until they are this share (0.5 suits a last token).",
+)
+@click.option("--model", default="tiny-mllm", show_default=True, help="Backbone, without a STORE.")
+@click.option("--pairs", default="scenes", show_default=True, help="Its items, without a STORE.")
+@click.option(
+    "--prompt",
+    type=click.Choice(["plain", "paper", "one-word"]),
+    default="paper",
+    show_default=True,
+    help="Its prompt, without a STORE.",
+)
+@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=1000, show_default=True)
+@click.option(
+    "--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train_sae(
+    store: Path | None,
+    out: Path,
+    architecture: tuple[str, ...],
+    k: tuple[int, ...],
+    expansion: tuple[int, ...],
+    seed: tuple[int, ...],
+    options: tuple[str, ...],
+    pooled_share: float,
+    model: str,
+    pairs: str,
+    prompt: str,
+    device: str,
+    checkpoint_every: int,
+    tensorboard: Path | None,
+    as_json: bool,
+    **common: Any,
+) -> None:
+    """Train SAEs on the activations of STORE (a build's OUT/run/collect) into OUT.
+
+    Without STORE, activations come straight from the backbone and are not stored. Options that
+    are given several times train one SAE for every combination, all in one pass over the tokens,
+    each into a folder of its own. A stopped training goes on when the same command is run again.
+    OUT is in SAELens' layout: SAE.load_from_disk(OUT) reads it.
+
+    \b
+    patch-retriever train-sae demo/run/collect -o sae
+    patch-retriever train-sae demo/run/collect --k 16 --k 32 --seed 0 --seed 1 -o saes
+    patch-retriever train-sae demo/run/collect --architecture matryoshka --shared iso-energy -o sae
+    patch-retriever train-sae --model org/model --pairs photos.jsonl -o sae
+    accelerate launch -m patch_retriever train-sae demo/run/collect --device cuda -o sae
+    """
+    from patch_retriever.cli.progress import Narrator, board, quiet_libraries
+    from patch_retriever.sae.settings import SAESettings
+    from patch_retriever.train_sae import folder_names, stabilities
+    from patch_retriever.train_sae import train_sae as train
+
+    settings = [
+        SAESettings(architecture=a, k=n, expansion=e, seed=s, options=_options(options), **common)
+        for a, n, e, s in product(architecture, k, expansion, seed)
+    ]
+    quiet_libraries()
+    narrator = Narrator(silent=as_json)
+    watches = [narrator.watch] + ([board(tensorboard)] if tensorboard else [])
+
+    def watch(now: Now) -> None:
+        for each in watches:
+            each(now)
+
+    trained = train(
+        out,
+        store,
+        settings,
+        model=model,
+        pairs=pairs,
+        prompt=prompt,
+        pooled_share=pooled_share,
+        device=device,
+        checkpoint_every=checkpoint_every,
+        progress=narrator.progress,
+        watch=watch,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process speaks for all
+    found = dict(zip(folder_names(settings), trained, strict=True))
+    stable = stabilities(trained)
+    if as_json:
+        saes = {name: one.about() for name, one in found.items()}
+        click.echo(json.dumps({"folder": str(out), "saes": saes, "stability": stable}, indent=1))
+        return
+    for name, one in found.items():
+        click.echo(f"{out / name}\n{describe(one)}")
+    for name, value in stable.items():
+        click.echo(f"stability of {name}: {value:.3f}")
+
+
+def describe(trained: TrainedSAE) -> str:
+    """Figures of an SAE for a terminal."""
+    m, how = trained.metrics, trained.settings
+    roles = ", ".join(f"{name} {value:.4f}" for name, value in m.fvu_by_role.items())
+    return (
+        f"  {trained.sae.d_in} dimensions, {trained.sae.n_concepts} concepts, {how.architecture} "
+        f"k {how.k}; {trained.conversion}\n"
+        f"  on {m.tokens} held-out tokens: FVU {m.fvu:.4f} ({roles}), L0 {m.l0:.1f}, "
+        f"cosine {m.cosine:.3f}\n"
+        f"  concepts: {m.dead:.1%} silent on them, {m.dense:.1%} on more than a tenth of them; "
+        f"{m.neighbours:.1%} of nearest neighbours kept"
+    )
+
+
+def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE, values in JSON."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE with a number or a list")
+    return found
