@@ -34,7 +34,7 @@ from patch_retriever.progress import Progress
 from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_embeddings
 from patch_retriever.retrieval.negatives import hard_negatives
-from patch_retriever.sae.convert import with_thresholds
+from patch_retriever.sae.convert import with_thresholds, with_unit_rows
 from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.metrics import measure
 from patch_retriever.sae.model import SparseAutoencoder
@@ -102,7 +102,7 @@ def learn_concepts(
 def adopt_sae(
     source: str, store: Store, k: int | None = None
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """Somebody's SAE with a threshold per concept, and figures of it on a store.
+    """Somebody's SAE with a threshold per concept and unit rows, and figures of it on a store.
 
     Raises:
         UserError: it can't be read, or is for activations of another width.
@@ -118,6 +118,7 @@ def adopt_sae(
     if sae.k is not None:
         sae, conversion = with_thresholds(sae, x_nd[::2])
         about["conversion"] = asdict(conversion)
+    sae = with_unit_rows(sae)
     about["metrics"] = measure(sae, x_nd[1::2], roles_n[1::2], ROLES).to_json()
     return sae, about
 

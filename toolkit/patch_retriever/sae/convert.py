@@ -75,6 +75,19 @@ def with_thresholds(sae: SparseAutoencoder, x_nd: Tensor) -> tuple[SparseAutoenc
     return converted, _compared(converted, gated, x_nd)
 
 
+def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same reconstructions with dictionary rows of length one, so that activations of
+    different concepts can be compared; needs thresholds (a TopK gate would choose otherwise)."""
+    lengths_c = torch.linalg.vector_norm(sae.W_dec_cd, dim=1).clamp(min=1e-12)
+    return SparseAutoencoder(
+        sae.W_enc_dc * lengths_c,
+        sae.b_enc_c * lengths_c,
+        sae.W_dec_cd / lengths_c[:, None],
+        sae.b_dec_d,
+        sae.threshold_c * lengths_c,
+    )
+
+
 def _compared(sae: SparseAutoencoder, gated: Codes, x_nd: Tensor) -> Conversion:
     """The gate's codes beside those of the thresholds."""
     codes = sae.codes(x_nd)
