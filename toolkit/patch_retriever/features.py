@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patch_retriever.files import write_tensors
 from patch_retriever.sae.codes import Codes
+from patch_retriever.sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Features:
     mean_nd: Tensor
     codes: Codes
     kinds_n: Tensor
+
+    def reconstructed(self, sae: SparseAutoencoder) -> Tensor:
+        """Pooled vectors as the SAE rebuilds them, (n, d): what it misses is what they lack."""
+        return self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

@@ -304,6 +304,9 @@ def evaluate_on_test(
                 outcome,
             )
         )
+    rebuilt = _unit(test.reconstructed(calibration.sae))
+    outcome = evaluate_embeddings(rebuilt, rebuilt, collection)
+    rows.append(Row("rebuilt from all concepts", "unpaired items", {}, None, True, outcome))
     sizes = {task.name: len(task.queries) for task in collection.tasks}
     table = Table(tuple(rows), selection["exported"], PairedBootstrap(sizes, config.seed))
     write_json(folder / "table.json", table.to_json())

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from patch_retriever.activations.store import StoreWriter
-from patch_retriever.activations.stream import Block
+from patch_retriever.activations.stream import Block, is_held_out, some_of
 from patch_retriever.backbones.inputs import TokenRoles, item_batches, pool, pooling_weights
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.items import Item
 from patch_retriever.probe import Probe
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.codes import Codes
-
-HELD_OUT_EVERY = 20
-"""A live source keeps one item in so many from training: SAEs are measured on them."""
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -119,8 +117,12 @@ class LiveSource:
         self.transformer, self.items, self.readout = transformer, items, readout
         self.batch_size, self.items_in_block = batch_size, items_in_block
         self.rank, self.processes = rank, processes
-        self.held_out_items = list(items[::HELD_OUT_EVERY])
-        self.training = [i for i in range(len(items)) if i % HELD_OUT_EVERY]
+        held_out_n = is_held_out(torch.arange(len(items)))
+        held_out_n[-1] |= not held_out_n.any()  # of very few items, the last
+        self.held_out_items = [items[i] for i in held_out_n.nonzero()[:, 0].tolist()]
+        self.training = (~held_out_n).nonzero()[:, 0].tolist()
+        if len(self.training) < processes:
+            raise UserError(f"{len(items)} items are too few to train on; give more")
 
     def epoch(self, generator: torch.Generator) -> list[list[int]]:
         """Item numbers in a random order, `items_in_block` at a time."""
@@ -137,7 +139,7 @@ class LiveSource:
     def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Up to `tokens` tokens of the items that `read` never gives, and their roles."""
         activations_td, roles_t, _ = self._tokens(self.held_out_items)
-        return activations_td[:tokens].float(), roles_t[:tokens]
+        return some_of(activations_td, roles_t, tokens)
 
     def _tokens(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
         """Activations in bf16, roles, and whether pooled, of all tokens of some items."""

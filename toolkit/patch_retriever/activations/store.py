@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from patch_retriever.activations.stream import Block
+from patch_retriever.activations.stream import Block, is_held_out, some_of
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, write_json, write_tensors
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "index.json"
-HELD_OUT = 0.05
-"""Share of every shard, at its end, that no training sees: SAEs are measured on it."""
+FEW_ITEMS = 100
+"""With fewer items than this, single tokens are held out instead of items."""
 
 
 class StoreWriter:
@@ -128,18 +128,33 @@ class Store:
                 f"{path}: damaged or missing ({error}); collect the activations again"
             ) from None
 
+    def training(self, number: int) -> tuple[Tensor, Tensor]:
+        """A shard's activations (t, d) and which are pooled (t,), without what is held out."""
+        shard = self.read(number)
+        kept_t = ~self._is_held_out(shard)
+        return shard["activations_td"][kept_t], shard["pooled_t"][kept_t].bool()
+
     def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Up to about `tokens` tokens that no training sees, from all over the store: float32
-        activations (t, d) and roles (t,)."""
+        """Up to `tokens` tokens of held-out items, from all over the store: float32 activations
+        (t, d) and roles (t,)."""
         n = len(self.shards)
-        wanted = max(1, round(tokens * n / max(1, HELD_OUT * self.n_tokens)))
+        # about one in twenty is held out; shards are alike in kind only within a stretch
+        wanted = min(n, max(16, round(20 * tokens * n / self.n_tokens)))
         activations, roles = [], []
-        for number in torch.linspace(0, n - 1, min(n, wanted)).round().long().tolist():
+        for number in torch.linspace(0, n - 1, wanted).round().long().tolist():
             shard = self.read(number)
-            first = _n_training(len(shard["roles_t"]))
-            activations.append(shard["activations_td"][first:].float())
-            roles.append(shard["roles_t"][first:])
-        return torch.cat(activations)[:tokens], torch.cat(roles)[:tokens]
+            kept_t = self._is_held_out(shard)
+            activations.append(shard["activations_td"][kept_t])
+            roles.append(shard["roles_t"][kept_t])
+        if not any(map(len, roles)):
+            raise UserError(f"{self.folder}: too few tokens to hold some out; collect more items")
+        return some_of(torch.cat(activations), torch.cat(roles), tokens)
+
+    def _is_held_out(self, shard: dict[str, Tensor]) -> Tensor:
+        """Which tokens are; by items, or by themselves where there are few items."""
+        if self.n_items >= FEW_ITEMS:
+            return is_held_out(shard["items_t"])
+        return is_held_out(torch.arange(len(shard["items_t"])))
 
     def pooled_vectors(self) -> Tensor:
         """Every item's mean over the tokens that the readout's pooling reads, (items, d)."""
@@ -151,11 +166,6 @@ class Store:
             sums_id.index_add_(0, items_t, shard["activations_td"][pooled_t].float())
             counts_i.index_add_(0, items_t, torch.ones(len(items_t)))
         return sums_id / counts_i.clamp(min=1)[:, None]
-
-
-def _n_training(tokens: int) -> int:
-    """How many tokens at the beginning of a shard training may see."""
-    return tokens - max(int(tokens * HELD_OUT), int(tokens > 1))
 
 
 class StoreSource:
@@ -176,12 +186,12 @@ class StoreSource:
 
     def read(self, block: list[int]) -> Block:
         """The tokens of some shards."""
-        parts = []
-        for number in block:
-            shard = self.store.read(number)
-            share = slice(self.rank, _n_training(len(shard["roles_t"])), self.processes)
-            parts.append((shard["activations_td"][share], shard["pooled_t"][share]))
-        return Block(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]).bool())
+        share = slice(self.rank, None, self.processes)
+        parts = [self.store.training(number) for number in block]
+        return Block(
+            torch.cat([activations_td[share] for activations_td, _ in parts]),
+            torch.cat([pooled_t[share] for _, pooled_t in parts]),
+        )
 
     def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Tokens that no training sees, and their roles."""

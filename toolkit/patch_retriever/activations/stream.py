@@ -47,6 +47,18 @@ class Source(Protocol):
         ...
 
 
+def is_held_out(numbers_n: Tensor) -> Tensor:
+    """Whether items (or tokens) of these numbers are kept from training: about one in twenty,
+    scattered, always the same ones. SAEs are measured on them."""
+    return ((numbers_n.long() * 2_654_435_761) % 2**32 >> 16) % 20 == 7
+
+
+def some_of(tokens_td: Tensor, roles_t: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Up to n tokens, scattered over all, with their roles."""
+    picks = torch.randperm(len(roles_t), generator=_generator(0))[:n].sort().values
+    return tokens_td[picks].float(), roles_t[picks]
+
+
 class Position(NamedTuple):
     """A place in the stream: the next batch to come."""
 

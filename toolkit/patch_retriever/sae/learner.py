@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patch_retriever.sae.adam import Adam
 from patch_retriever.sae.architectures.base import Architecture
 from patch_retriever.sae.ops import (
     ByConcept,
@@ -197,7 +198,9 @@ class Learner:
         total = torch.stack(errors_g).mean()
         if revived is not None:
             left_nd = (x_nd - outputs_gnd[-1]).detach()
-            missed = _squared_error(sums_rd[n_rows:], left_nd) / left_nd.square().sum()
+            # a perfect reconstruction leaves nothing to learn from, not infinitely much
+            whole = left_nd.square().sum().clamp(min=1e-8 * n)
+            missed = _squared_error(sums_rd[n_rows:], left_nd) / whole
             total = total + self.aux_weight * n * missed
         extra = self.architecture.sparsity_loss(pre_e, threshold_e, main_e, n)
         if extra is not None:
@@ -255,7 +258,8 @@ class Learner:
             adam.update("W_dec_cd", reduce(gradient.decoder(concepts)), concepts)
             if normalise:
                 rows_jd = weights.W_dec_cd[concepts]
-                rows_jd.div_(torch.linalg.vector_norm(rows_jd, dim=1, keepdim=True))
+                lengths_j1 = torch.linalg.vector_norm(rows_jd, dim=1, keepdim=True)
+                rows_jd.div_(lengths_j1.clamp(min=torch.finfo(rows_jd.dtype).tiny))
             if self.W_low_cd is not weights.W_enc_cd:
                 self.W_low_cd[concepts] = weights.W_enc_cd[concepts]
 
@@ -269,54 +273,3 @@ class Learner:
 def _squared_error(outputs_nd: Tensor, x_nd: Tensor) -> Tensor:
     """Sum of squares per token."""
     return torch.nn.functional.mse_loss(outputs_nd, x_nd, reduction="sum") / len(x_nd)
-
-
-class Adam:
-    """Adam (Kingma & Ba 2015) by torch's fused kernel, on parts of named parameters."""
-
-    def __init__(
-        self,
-        parameters: dict[str, Tensor],
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        eps: float = 1e-8,
-    ) -> None:
-        self.parameters = parameters
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.means = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-        self.squares = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-        self.steps = torch.zeros(())
-        self.lr = 0.0
-
-    def state(self) -> dict[str, Tensor]:
-        """Moments and the number of steps, by name."""
-        means = {f"mean.{name}": tensor for name, tensor in self.means.items()}
-        squares = {f"square.{name}": tensor for name, tensor in self.squares.items()}
-        return {**means, **squares, "steps": self.steps}
-
-    def begin(self, lr: float) -> None:
-        """A new step with this learning rate."""
-        self.steps += 1
-        self.lr = lr
-
-    def update(self, name: str, gradient: Tensor, part: slice = slice(None)) -> None:
-        """Move a part of a parameter by its gradient."""
-        from torch.optim.adam import adam
-
-        parameter = self.parameters[name][part]
-        adam(
-            [parameter],
-            [gradient],
-            [self.means[name][part]],
-            [self.squares[name][part]],
-            [],
-            [(self.steps - 1).to(parameter.device)],  # the kernel counts this step itself
-            fused=True,
-            amsgrad=False,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            lr=self.lr,
-            weight_decay=0.0,
-            eps=self.eps,
-            maximize=False,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from patch_retriever.errors import UserError, first_line
@@ -24,7 +25,7 @@ def make_architecture(name: str, k: int, **options: Any) -> Architecture:
     """
     if name not in ARCHITECTURES:
         raise UserError(f"architecture {name!r}: unknown; there are {', '.join(ARCHITECTURES)}")
-    known = [field for field in ARCHITECTURES[name].__dataclass_fields__ if field != "k"]
+    known = [field.name for field in fields(ARCHITECTURES[name]) if field.name != "k"]
     for option in options:
         if option not in known:
             raise UserError(
@@ -33,4 +34,5 @@ def make_architecture(name: str, k: int, **options: Any) -> Architecture:
     try:
         return ARCHITECTURES[name](k, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"architecture {name}: {first_line(error)}") from None
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise UserError(f"architecture {name}: {given}: {first_line(error)}") from None

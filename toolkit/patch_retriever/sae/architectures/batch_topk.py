@@ -36,10 +36,10 @@ class Matryoshka(BatchTopK):
     name = "matryoshka"
 
     def __post_init__(self) -> None:
-        if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1] != 1:
-            raise ValueError(f"prefixes {self.prefixes} must ascend and end with 1")
-        if self.prefixes[0] <= 0:
-            raise ValueError(f"prefixes {self.prefixes} must be positive")
+        shares = list(self.prefixes)
+        ascending = shares == sorted(set(shares))
+        if not (shares and ascending and shares[0] > 0 and shares[-1] == 1):
+            raise ValueError(f"prefixes {shares} must be positive, ascend and end with 1")
 
     def prefix_ends(self, c: int) -> list[int]:
         """The shares in concepts, without doubles in a small dictionary."""

@@ -28,6 +28,12 @@ class JumpReLU(Architecture):
     name = "jumprelu"
     threshold = "learned"
 
+    def __post_init__(self) -> None:
+        if not self.bandwidth > 0:
+            raise ValueError(f"bandwidth {self.bandwidth} must be positive")
+        if not self.l0_weight >= 0:
+            raise ValueError(f"l0_weight {self.l0_weight} must not be negative")
+
     def select(self, pre_activations: PreActivations, threshold_c: Tensor) -> Entries:
         """Everything above the window's lower edge (and a margin for a rounded product)."""
         edge_c1 = (threshold_c - self.bandwidth).to(pre_activations.b_c.dtype)[:, None]
