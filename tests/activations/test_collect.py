@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from itertools import islice
+
 import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from patch_retriever.activations.collect import collect_features, collect_pooled, collect_tokens
-from patch_retriever.activations.store import Store
+from patch_retriever.activations.collect import (
+    LiveSource,
+    collect_features,
+    collect_pooled,
+    collect_tokens,
+)
+from patch_retriever.activations.store import Store, StoreSource
+from patch_retriever.activations.stream import batches
 from patch_retriever.backbones.inputs import ROLES
 from patch_retriever.backbones.load import load_backbone, set_readout
 from patch_retriever.backbones.readout import LAST, ONE_WORD, PAPER, PLAIN, Readout
+from patch_retriever.errors import UserError
 from patch_retriever.items import KINDS, Item
 from patch_retriever.sae.model import SparseAutoencoder
 
@@ -210,3 +220,128 @@ def test_progress_counts_batches(transformer):
 
     collect_pooled(transformer, ITEMS, [Readout(PLAIN), Readout(PAPER)], 3, progress)
     assert seen == [3, 3]
+
+
+def test_pairs_and_the_number_of_items_are_kept(transformer, tmp_path):
+    collect_tokens(transformer, ITEMS, READOUT, tmp_path, pairs=[[0, 1], [6, 4]])
+    store = Store(tmp_path)
+    assert (store.pairs, store.n_items, store.d) == ([[0, 1], [6, 4]], len(ITEMS), WIDTH)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_a_stores_pooled_vectors_are_the_readouts(pooling, transformer, tmp_path):
+    readout = Readout(ONE_WORD, LAST, pooling)
+    collect_tokens(transformer, ITEMS, readout, tmp_path, batch_size=3)
+    expected_nd = collect_pooled(transformer, ITEMS, [readout])[readout]
+    found_nd = Store(tmp_path).pooled_vectors()
+    assert torch.allclose(found_nd, expected_nd, rtol=0.02, atol=0.02)  # bf16
+    nearest_n = torch.cdist(found_nd, expected_nd).argmin(1)
+    assert torch.equal(nearest_n, torch.arange(len(ITEMS)))
+
+
+# the backbone as a source
+
+COLOURS = ("red", "blue", "green", "white", "black", "orange")
+MANY = tuple(
+    Item(f"{number} birds") if number % 2 else Item(picture=Coloured(COLOURS[number // 2 % 6]))
+    for number in range(90)
+)
+
+
+@pytest.fixture(scope="module")
+def live(transformer):
+    return LiveSource(transformer, MANY, READOUT, items_in_block=16)
+
+
+def of_store(transformer, items, folder):
+    """The tensors of a store of some items."""
+    collect_tokens(transformer, items, READOUT, folder)
+    store = Store(folder)
+    shards = [store.read(i) for i in range(len(store.shards))]
+    return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+
+
+def epoch(source, seed=0):
+    return source.epoch(torch.Generator().manual_seed(seed))
+
+
+def test_a_live_block_has_the_tokens_of_a_store_of_the_same_items(live, transformer, tmp_path):
+    numbers = epoch(live)[1]
+    block = live.read(numbers)
+    stored = of_store(transformer, [MANY[i] for i in numbers], tmp_path)
+    assert block.activations_td.dtype == torch.bfloat16
+    assert torch.equal(block.activations_td, stored["activations_td"])
+    assert torch.equal(block.pooled_t, stored["pooled_t"].bool())
+    assert int(block.pooled_t.sum()) == len(numbers)
+
+
+def test_an_epoch_has_every_item_once_but_those_held_out(live):
+    blocks = epoch(live)
+    assert [len(block) for block in blocks[:-1]] == [16] * (len(blocks) - 1)
+    trained = [i for block in blocks for i in block]
+    assert len(set(trained)) == len(trained)
+    held_out = [MANY[i] for i in range(len(MANY)) if i not in trained]
+    assert held_out == live.held_out_items
+    assert len(held_out) == pytest.approx(len(MANY) / 20, abs=2)
+    assert epoch(live) == blocks
+    assert epoch(live, seed=1) != blocks
+
+
+def test_held_out_tokens_are_those_of_the_held_out_items(live, transformer, tmp_path):
+    stored = of_store(transformer, live.held_out_items, tmp_path)
+    tokens_td, roles_t = live.held_out(100_000)
+    assert tokens_td.dtype == torch.float32
+    assert torch.equal(tokens_td, stored["activations_td"].float())
+    assert torch.equal(roles_t, stored["roles_t"])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_items_of_an_epoch(processes, transformer):
+    sources = [
+        LiveSource(transformer, MANY, READOUT, rank=rank, processes=processes)
+        for rank in range(processes)
+    ]
+    shares = [[i for block in epoch(source) for i in block] for source in sources]
+    together = [i for share in shares for i in share]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert sorted(together) == sources[0].training
+
+
+def test_a_stream_reads_the_backbone_from_its_thread(live):
+    with closing(batches(live, 64, seed=0)) as stream:
+        found = [(batch_td.clone(), position) for batch_td, position in islice(stream, 12)]
+    assert found[-1][1].block >= 1
+    start = found[3][1]
+    with closing(batches(live, 64, 0, start)) as stream:
+        for (expected_td, position), (batch_td, again) in zip(found[4:], stream, strict=False):
+            assert position == again
+            assert torch.equal(batch_td, expected_td)
+
+
+def roles_of(tokens):
+    return {ROLES[i] for i in tokens[1].unique().tolist()}
+
+
+def test_few_held_out_tokens_of_a_backbone_are_of_all_roles(live):
+    assert roles_of(live.held_out(100_000)) == set(ROLES)
+    assert {"image", "text"} <= roles_of(live.held_out(60))
+
+
+@pytest.mark.parametrize("tokens", [60, 100_000])
+def test_held_out_tokens_of_a_small_store_are_of_all_roles(tokens, transformer, tmp_path):
+    collect_tokens(transformer, MANY, READOUT, tmp_path)
+    assert {"image", "text"} <= roles_of(Store(tmp_path).held_out(tokens))
+
+
+def test_a_store_and_a_backbone_hold_out_about_as_much(live, transformer, tmp_path):
+    collect_tokens(transformer, MANY, READOUT, tmp_path)
+    stored = StoreSource(Store(tmp_path)).held_out(100_000)[0]
+    assert len(stored) == pytest.approx(len(live.held_out(100_000)[0]), rel=0.4)
+
+
+def test_too_few_items_are_no_endless_epoch_of_nothing(transformer):
+    try:
+        source = LiveSource(transformer, ITEMS[:1], READOUT)
+    except UserError:
+        return
+    assert epoch(source)

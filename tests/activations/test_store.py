@@ -1,16 +1,19 @@
-"""The activation store: shards on disk, and the batches that training reads from them."""
+"""The activation store: shards on disk, what training sees of them and what it never sees."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from itertools import chain, islice
+from collections import defaultdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from patch_retriever.activations.store import Store, StoreWriter
+from patch_retriever.activations import store as store_module
+from patch_retriever.activations.store import Store, StoreSource, StoreWriter
+from patch_retriever.errors import UserError
+from synthetic import write_store
 
 D = 3
 
@@ -23,43 +26,46 @@ def make_parts(sizes, seed=0):
             torch.randn(n, D, generator=generator),
             torch.randint(0, 4, (n,), generator=generator),
             torch.arange(n) % 5 == 0,
+            torch.randint(0, 9, (n,), generator=generator),
         )
         for n in sizes
     ]
 
 
-def write_store(folder, parts, tokens_per_shard=16_384):
+def write_parts(folder, parts, tokens_per_shard=16_384, pairs=None):
     writer = StoreWriter(folder, tokens_per_shard)
     for part in parts:
         writer.add(*part)
-    writer.close()
+    writer.close(pairs)
     return Store(folder)
 
 
-def numbered(folder, n, pooled_t=None, tokens_per_shard=64):
+def numbered(folder, n, tokens_per_shard=64):
     """A store whose tokens carry their own number (in two digits that bf16 holds exactly)."""
     numbers_t = torch.arange(n)
-    pooled_t = torch.zeros(n) if pooled_t is None else pooled_t
     tokens_td = torch.stack([numbers_t // 128, numbers_t % 128], 1).float()
-    return write_store(
-        folder,
-        [
-            (tokens_td[i : i + 32], torch.zeros(32)[: n - i], pooled_t[i : i + 32])
-            for i in range(0, n, 32)
-        ],
-        tokens_per_shard,
-    )
+    return write_store(folder, tokens_td, tokens_per_shard=tokens_per_shard, at_once=16)
 
 
-def numbers(batch_td):
-    return (batch_td[:, 0] * 128 + batch_td[:, 1]).long().tolist()
+def numbers(tokens_td):
+    return (tokens_td.float() @ torch.tensor([128.0, 1.0])).long().tolist()
+
+
+def training_numbers(source):
+    """The numbers of all tokens of an epoch."""
+    blocks = source.epoch(torch.Generator().manual_seed(0))
+    return [i for block in blocks for i in numbers(source.read(block).activations_td)]
+
+
+# writing
 
 
 def test_what_is_read_is_what_was_added(tmp_path):
     parts = make_parts([10, 7, 30, 1])
-    store = write_store(tmp_path, parts, tokens_per_shard=15)
+    store = write_parts(tmp_path, parts, tokens_per_shard=15)
     shards = [store.read(i) for i in range(len(store.shards))]
-    for key, column in (("activations_td", 0), ("roles_t", 1), ("pooled_t", 2)):
+    assert len(shards) > 1
+    for column, key in enumerate(("activations_td", "roles_t", "pooled_t", "items_t")):
         expected = torch.cat([part[column] for part in parts])
         found = torch.cat([shard[key] for shard in shards])
         assert torch.equal(found, expected.to(found.dtype)), key
@@ -67,13 +73,13 @@ def test_what_is_read_is_what_was_added(tmp_path):
 
 
 def test_shards_hold_about_as_many_tokens_as_asked(tmp_path):
-    store = write_store(tmp_path, make_parts([10] * 10), tokens_per_shard=25)
+    store = write_parts(tmp_path, make_parts([10] * 10), tokens_per_shard=25)
     assert [shard["tokens"] for shard in store.shards] == [30, 30, 30, 10]
     assert store.n_tokens == 100
 
 
 def test_the_index_names_every_shard_with_its_hash(tmp_path):
-    write_store(tmp_path, make_parts([20, 20, 5]), tokens_per_shard=20)
+    write_parts(tmp_path, make_parts([20, 20, 5]), tokens_per_shard=20)
     shards = json.loads((tmp_path / "index.json").read_text())["shards"]
     assert [shard["tokens"] for shard in shards] == [20, 20, 5]
     files = {path.name for path in tmp_path.iterdir()} - {"index.json"}
@@ -84,111 +90,206 @@ def test_the_index_names_every_shard_with_its_hash(tmp_path):
         assert len(load_file(tmp_path / shard["file"])["roles_t"]) == shard["tokens"]
 
 
+def test_width_items_and_pairs_come_back(tmp_path):
+    pairs = [[0, 3], [8, 1], [0, 3]]
+    store = write_parts(tmp_path, make_parts([20, 40]), tokens_per_shard=20, pairs=pairs)
+    assert (store.d, store.pairs) == (D, pairs)
+    assert store.n_items == 9
+
+
 def test_the_same_tokens_give_the_same_hashes(tmp_path):
     first, second = (
-        write_store(tmp_path / name, make_parts([20, 9]), tokens_per_shard=20) for name in "ab"
+        write_parts(tmp_path / name, make_parts([20, 9]), tokens_per_shard=20) for name in "ab"
     )
     assert first.shards == second.shards
+
+
+# folders that are no store
 
 
 def test_a_store_that_was_not_closed_is_not_read(tmp_path):
     writer = StoreWriter(tmp_path, tokens_per_shard=5)
     writer.add(*make_parts([10])[0])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="no finished activation store"):
         Store(tmp_path)
 
 
 def test_writing_again_makes_the_old_store_unreadable_until_it_is_finished(tmp_path):
-    write_store(tmp_path, make_parts([10]))
+    write_parts(tmp_path, make_parts([10]))
     writer = StoreWriter(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="no finished activation store"):
         Store(tmp_path)
     writer.add(*make_parts([4])[0])
     writer.close()
     assert Store(tmp_path).n_tokens == 4
 
 
-def test_an_epoch_of_batches_covers_every_token_once(tmp_path):
-    store = numbered(tmp_path, 320)
-    seen = [i for batch in islice(store.training_batches(40, seed=0), 8) for i in numbers(batch)]
-    assert sorted(seen) == list(range(320))
-    assert seen != sorted(seen)
+def test_a_folder_without_a_store_is_named(tmp_path):
+    (tmp_path / "file").write_text("words")
+    for path in (tmp_path, tmp_path / "gone", tmp_path / "file"):
+        with pytest.raises(UserError, match=f"^{path}: no finished activation store"):
+            Store(path)
 
 
-def test_epochs_are_shuffled_anew(tmp_path):
-    batches = numbered(tmp_path, 128).training_batches(64, seed=0)
-    first, second = ([n for b in islice(batches, 2) for n in numbers(b)] for _ in range(2))
-    assert sorted(first) == sorted(second)
-    assert first != second
+@pytest.mark.parametrize("index", ["", "{", "{}", "[]", "null", "3", '{"shards": []}', "\udcff"])
+def test_a_foreign_index_is_no_store(index, tmp_path):
+    (tmp_path / "index.json").write_bytes(index.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=f"^{tmp_path}: no finished activation store"):
+        Store(tmp_path)
 
 
-def test_tokens_are_shuffled_across_the_shards_in_memory(tmp_path):
-    store = numbered(tmp_path, 256)
-    assert len(store.shards) == 4
-    shards = {number // 64 for number in numbers(next(store.training_batches(32, seed=0)))}
-    assert len(shards) == 4
+def test_a_store_of_nothing_is_named(tmp_path):
+    StoreWriter(tmp_path).close()
+    with pytest.raises(UserError, match=f"^{tmp_path}: the activation store is empty"):
+        Store(tmp_path)
 
 
-def test_few_shards_in_memory_still_cover_every_token(tmp_path):
-    store = numbered(tmp_path, 256)
-    batches = store.training_batches(64, seed=3, shards_in_memory=1)
-    seen = [numbers(batch) for batch in islice(batches, 4)]
-    assert sorted(chain(*seen)) == list(range(256))
-    assert all(len({number // 64 for number in batch}) == 1 for batch in seen)
+# damage
 
 
-def test_batches_depend_on_the_seed_alone(tmp_path):
-    store = numbered(tmp_path, 320)
-    first, again, other = (
-        [numbers(batch) for batch in islice(store.training_batches(50, seed, 0.3), 15)]
-        for seed in (0, 0, 1)
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, lambda path: path.unlink()])
+def test_a_damaged_shard_is_named_where_it_is_first_read(damage, tmp_path):
+    write_parts(tmp_path, make_parts([20, 20]), tokens_per_shard=20)
+    store = Store(tmp_path)
+    path = tmp_path / store.shards[1]["file"]
+    damage(path)
+    store.read(0)
+    for read in (lambda: store.read(1), store.pooled_vectors, lambda: StoreSource(store).read([1])):
+        with pytest.raises(UserError, match=f"^{path}: damaged or missing"):
+            read()
+
+
+def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
+    store, hashed = write_parts(tmp_path, make_parts([20, 20]), tokens_per_shard=20), []
+    real = store_module.file_hash
+    monkeypatch.setattr(store_module, "file_hash", lambda p: hashed.append(p.name) or real(p))
+    for number in (0, 1, 1, 0):
+        store.read(number)
+    assert sorted(hashed) == sorted(shard["file"] for shard in store.shards)
+
+
+# what is held out
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("n", "tokens_per_shard"), [(3200, 96), (3200, 640), (3200, 10_000), (320, 64), (320, 10_000)]
+)
+def test_training_and_held_out_tokens_are_apart_and_together_all(
+    n, tokens_per_shard, processes, tmp_path
+):
+    store = numbered(tmp_path, n, tokens_per_shard)
+    shares = [training_numbers(StoreSource(store, r, processes)) for r in range(processes)]
+    held_out = numbers(store.held_out(10_000)[0])
+    assert len(held_out) == pytest.approx(n / 20, rel=0.5)
+    assert sorted([i for share in shares for i in share] + held_out) == list(range(n))
+
+
+def test_of_many_items_whole_ones_are_held_out(tmp_path):
+    """Ten tokens each; neighbours in an item are too alike to measure on one what saw the other."""
+    store = numbered(tmp_path, 3200, 96)
+    held_out = {i // 10 for i in numbers(store.held_out(10_000)[0])}
+    assert held_out.isdisjoint(i // 10 for i in training_numbers(StoreSource(store)))
+
+
+def test_the_shares_of_processes_are_about_equal(tmp_path):
+    store = numbered(tmp_path, 3200, 640)
+    sizes = [len(training_numbers(StoreSource(store, rank, 3))) for rank in range(3)]
+    assert max(sizes) - min(sizes) <= len(store.shards)
+
+
+def test_about_a_twentieth_is_held_out_with_its_roles(tmp_path):
+    n = 4000
+    roles_t = torch.arange(n) % 4
+    tokens_td = torch.stack([roles_t, torch.arange(n) % 7], 1).float()
+    store = write_store(tmp_path, tokens_td, roles_t, tokens_per_shard=1000)
+    held_out_td, held_out_t = store.held_out(100_000)
+    assert len(held_out_td) == pytest.approx(200, rel=0.25)
+    assert held_out_td.dtype == torch.float32
+    assert torch.equal(held_out_td[:, 0], held_out_t.float())
+
+
+def test_few_held_out_tokens_come_from_all_over_the_store(tmp_path):
+    store = numbered(tmp_path, 12_800, 1280)
+    found = numbers(store.held_out(128)[0])
+    assert len(found) <= 128
+    shards = {i // 1280 for i in found}
+    assert len(shards) >= 2
+    assert max(shards) - min(shards) >= 5
+
+
+def test_held_out_tokens_are_the_same_every_time(tmp_path):
+    store = numbered(tmp_path, 640)
+    assert torch.equal(store.held_out(20)[0], Store(tmp_path).held_out(20)[0])
+
+
+# pooled vectors
+
+
+@pytest.mark.parametrize("tokens_per_shard", [7, 1000])
+def test_pooled_vectors_are_means_over_the_tokens_that_are_read(tokens_per_shard, tmp_path):
+    parts = make_parts([10, 25, 13])
+    store = write_parts(tmp_path, parts, tokens_per_shard)
+    rows = defaultdict(list)
+    for tokens_td, _, pooled_t, items_t in parts:
+        for token_d, pooled, item in zip(tokens_td, pooled_t, items_t.tolist(), strict=True):
+            if pooled:
+                rows[item].append(token_d.bfloat16().float())
+    found_id = store.pooled_vectors()
+    assert len(found_id) == 9
+    assert 0 < len(rows) < 9  # some items have no such token
+    for item, vector_d in enumerate(found_id):
+        expected_d = torch.stack(rows[item]).mean(0) if rows[item] else torch.zeros(D)
+        assert torch.allclose(vector_d, expected_d, atol=1e-6), item
+
+
+# blocks
+
+
+def test_an_epoch_has_every_shard_once_in_a_random_order(tmp_path):
+    source = StoreSource(numbered(tmp_path, 640), block_bytes=2 * 2 * 64 * 3)
+    epochs = [source.epoch(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert [len(block) for block in epochs[0]] == [3, 3, 3, 1]
+    assert sorted(i for block in epochs[0] for i in block) == list(range(10))
+    assert epochs[0] == epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_block_is_no_larger_than_asked_where_a_shard_fits(processes, tmp_path):
+    store = numbered(tmp_path, 640)
+    for block_bytes in (256, 700, 1000, 10_000):
+        sources = [StoreSource(store, r, processes, block_bytes) for r in range(processes)]
+        for source in sources:
+            for block in source.epoch(torch.Generator().manual_seed(0)):
+                assert source.read(block).activations_td.nbytes <= block_bytes
+
+
+def test_a_shard_larger_than_a_block_is_a_block(tmp_path):
+    source = StoreSource(numbered(tmp_path, 640), block_bytes=1)
+    assert all(len(block) == 1 for block in source.epoch(torch.Generator()))
+
+
+def test_processes_read_the_same_shards_in_the_same_order(tmp_path):
+    store = numbered(tmp_path, 640)
+    first, second = (
+        StoreSource(store, rank, 2, 400).epoch(torch.Generator().manual_seed(3)) for rank in (0, 1)
     )
-    assert first == again
-    assert first != other
+    assert first == second
 
 
-def test_batches_are_float32_of_the_asked_size(tmp_path):
-    batch_td = next(numbered(tmp_path, 100).training_batches(30, seed=0))
-    assert batch_td.shape == (30, 2)
-    assert batch_td.dtype == torch.float32
-
-
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_pooled_tokens_make_up_the_asked_share(share, tmp_path):
-    pooled_t = torch.arange(960) % 16 == 0
-    store = numbered(tmp_path, 960, pooled_t, tokens_per_shard=10_000)
-    batches = list(islice(store.training_batches(64, 0, share), 40))
-    seen = torch.tensor([number for batch in batches for number in numbers(batch)])
-    assert float(pooled_t[seen].float().mean()) == pytest.approx(share, abs=0.05)
-    assert set(seen[pooled_t[seen]].tolist()) == set(pooled_t.nonzero()[:, 0].tolist())
-
-
-def test_without_a_share_pooled_tokens_come_as_often_as_the_others(tmp_path):
-    pooled_t = torch.arange(320) % 16 == 0
-    batches = numbered(tmp_path, 320, pooled_t).training_batches(32, seed=0)
-    seen = torch.tensor([number for batch in islice(batches, 10) for number in numbers(batch)])
-    assert int(pooled_t[seen].sum()) == 20
-
-
-@pytest.mark.parametrize("all_pooled", [True, False])
-def test_a_share_changes_nothing_where_all_or_no_tokens_are_pooled(all_pooled, tmp_path):
-    store = numbered(tmp_path, 128, torch.full((128,), float(all_pooled)))
-    seen = [n for batch in islice(store.training_batches(64, 0, 0.5), 2) for n in numbers(batch)]
-    assert sorted(seen) == list(range(128))
-
-
-class Impatient(Store):
-    """A store that does not let itself be read for ever."""
-
-    reads = 0
-
-    def read(self, number):
-        self.reads += 1
-        assert self.reads < 20, "the shards are read again and again and no batch comes"
-        return super().read(number)
-
-
-def test_a_store_smaller_than_a_batch_still_gives_batches(tmp_path):
-    numbered(tmp_path, 40)
-    batch_td = next(Impatient(tmp_path).training_batches(100, seed=0))
-    assert set(numbers(batch_td)) == set(range(40))
+def test_a_block_says_which_tokens_are_pooled(tmp_path):
+    source = StoreSource(numbered(tmp_path, 320))
+    (block,) = source.epoch(torch.Generator())
+    read = source.read(block)
+    assert read.pooled_t.dtype == torch.bool
+    assert read.pooled_t.tolist() == [i % 10 == 9 for i in numbers(read.activations_td)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patch_retriever.sae import model
 from patch_retriever.sae.codes import Codes
+from patch_retriever.sae.model import SparseAutoencoder
 
 QUICK = settings(deadline=None, database=None, max_examples=60)
 
@@ -124,3 +127,63 @@ def test_nothing_active_at_all():
     assert len(codes.values_e) == 0
     assert torch.equal(codes.matmul(torch.ones(2, 4)), torch.zeros(3, 4))
     assert torch.equal(codes.sum(), torch.zeros(2))
+
+
+@QUICK
+@given(dense_codes())
+def test_from_entries_inverts_taking_them_apart(codes_nc):
+    rows_e, concepts_e = codes_nc.nonzero(as_tuple=True)
+    codes = Codes.from_entries(rows_e, concepts_e, codes_nc[rows_e, concepts_e], *codes_nc.shape)
+    assert torch.equal(codes.dense(), codes_nc)
+    assert (len(codes), codes.n_concepts) == tuple(codes_nc.shape)
+    assert torch.equal(codes.starts_n1, Codes.from_dense(codes_nc).starts_n1)
+
+
+@QUICK
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(1, 5), st.data())
+def test_stacked_puts_several_below_each_other(heights, c, data):
+    parts = []
+    for n in heights:
+        values = data.draw(st.lists(VALUES, min_size=n * c, max_size=n * c))
+        parts.append(torch.tensor(values).reshape(n, c))
+    stacked = Codes.stacked([Codes.from_dense(codes_nc) for codes_nc in parts])
+    assert torch.equal(stacked.dense(), torch.cat(parts))
+    assert torch.equal(stacked.starts_n1, Codes.from_dense(torch.cat(parts)).starts_n1)
+
+
+@QUICK
+@given(dense_codes(), st.sampled_from([-3.0, 0.0, 0.5, 1.0, 9.0]))
+def test_kept_leaves_every_item_and_only_some_entries(codes_nc, lowest):
+    codes = Codes.from_dense(codes_nc)
+    kept = codes.kept(codes.values_e > lowest)
+    assert torch.equal(kept.dense(), codes_nc * (codes_nc > lowest))
+    assert (len(kept), kept.n_concepts) == tuple(codes_nc.shape)
+
+
+@QUICK
+@given(dense_codes())
+def test_counts_are_of_active_items(codes_nc):
+    assert torch.equal(Codes.from_dense(codes_nc).counts(), (codes_nc != 0).sum(0))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("chunk_codes", [1, 45, 10**6])
+def test_an_saes_sparse_codes_are_its_dense_ones(k, chunk_codes, monkeypatch):
+    monkeypatch.setattr(model, "CHUNK_CODES", chunk_codes)
+    threshold_c = 0.3 * torch.ones(20)
+    sae = SparseAutoencoder(normal(5, 20), normal(20), normal(20, 5), normal(5), threshold_c, k)
+    x_nd = normal(13, 5, seed=1)
+    codes = sae.codes(x_nd)
+    assert 0 < len(codes.values_e) < 13 * 20
+    assert torch.allclose(codes.dense(), sae.encode(x_nd), atol=1e-6)
+    assert torch.allclose(codes.matmul(sae.W_dec_cd) + sae.b_dec_d, sae.decode(sae.encode(x_nd)))
+
+
+def test_codes_of_no_activations_are_empty():
+    sae = SparseAutoencoder(normal(5, 20), normal(20), normal(20, 5), normal(5), torch.zeros(20))
+    codes = sae.codes(torch.zeros(0, 5))
+    assert (len(codes), codes.n_concepts, len(codes.values_e)) == (0, 20, 0)

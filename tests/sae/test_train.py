@@ -1,200 +1,377 @@
-"""Training on a small store of synthetic sparse activations."""
+"""Training on synthetic sparse activations: what comes out, and what is said of it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import repeat
 
 import pytest
 import torch
 
-from patch_retriever.activations.collect import no_progress
-from patch_retriever.activations.store import Store, StoreWriter
-from patch_retriever.sae.train import SAESettings, _fold, _loss, _TopK, train_sae
+from patch_retriever.errors import UserError
+from patch_retriever.sae.settings import SAESettings
+from patch_retriever.sae.train import train_saes
+from synthetic import MemorySource, clustered_tokens, directions, mixtures, sparse_tokens
 
-N_TOKENS = 1024
-SETTINGS = SAESettings(expansion=4, k=4, steps=200, batch_size=N_TOKENS, dead_after=20)
-"""One batch is the whole store, so that what holds on a batch holds on all tokens."""
-
-
-def sparse_tokens(d=16, active=3, directions=24, seed=0):
-    """Each token is a sum of a few of the directions."""
-    generator = torch.Generator().manual_seed(seed)
-    rows_cd = torch.nn.functional.normalize(torch.randn(directions, d, generator=generator), dim=1)
-    order_tc = torch.rand(N_TOKENS, directions, generator=generator)
-    strength_tk = 1 + torch.rand(N_TOKENS, active, generator=generator)
-    codes_tc = torch.zeros(N_TOKENS, directions)
-    return codes_tc.scatter_(1, order_tc.topk(active).indices, strength_tk) @ rows_cd
+SETTINGS = SAESettings(expansion=4, k=4, steps=240, batch_size=256, precision="fp32", seed=0)
+"""The last step brings the dictionary's rows to length one (every eighth does), so that the gate
+of training can be repeated on the SAE that is returned."""
+ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu")
+by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
-def clustered_tokens(seed=0):
-    """Sparse tokens around three far points, where many concepts never get a chance to fire."""
-    generator = torch.Generator().manual_seed(seed)
-    points_pd = 2 * torch.randn(3, 32, generator=generator)
-    tokens_td = sparse_tokens(32, 4, 64, seed)
-    return tokens_td + points_pd[torch.randint(0, 3, (N_TOKENS,), generator=generator)]
+def train(source, **changes):
+    options = {name: changes.pop(name) for name in ("pooled_share", "pairs_p2d", "role_names")
+               if name in changes}  # fmt: skip
+    (trained,) = train_saes(source, [replace(SETTINGS, **changes)], **options)
+    return trained
 
 
-def make_store(folder, tokens_td):
-    writer = StoreWriter(folder)
-    writer.add(tokens_td, torch.zeros(len(tokens_td)), torch.ones(len(tokens_td)))
-    writer.close()
-    return Store(folder)
+def pre_activations(sae, x_nd):
+    return x_nd.double() @ sae.W_enc_dc.double() + sae.b_enc_c.double()
 
 
-def stored_tokens(store):
-    return store.read(0)["activations_td"].float()
+def dense_codes(sae, x_nd):
+    u_nc = pre_activations(sae, x_nd)
+    return torch.where(u_nc > sae.threshold_c, u_nc, 0.0)
 
 
-def train(store, seed=0, **changes):
-    return train_sae(store, replace(SETTINGS, **changes), seed, 0.0, no_progress)
+def fvu_of(sae, x_nd, z_nc):
+    """Fraction of variance unexplained by dense codes."""
+    x_nd = x_nd.double()
+    error_nd = x_nd - (z_nc @ sae.W_dec_cd.double() + sae.b_dec_d.double())
+    return float((error_nd**2).sum() / ((x_nd - x_nd.mean(0)) ** 2).sum())
 
 
-def fvu(sae, x_nd):
-    """Fraction of variance unexplained."""
-    error_nd = x_nd - sae.decode(sae.encode(x_nd))
-    return float(error_nd.pow(2).sum() / (x_nd - x_nd.mean(0)).pow(2).sum())
+def l0_of(z_nc):
+    return float((z_nc > 0).sum(1).double().mean())
+
+
+def same(first, second):
+    """Whether two SAEs are equal, bit for bit."""
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("store"), sparse_tokens())
+def source():
+    return MemorySource(sparse_tokens())
 
 
 @pytest.fixture(scope="module")
-def trained(store):
-    return train(store)
+def trained(source):
+    """One SAE of every architecture."""
+    return {name: train(source, architecture=name) for name in ARCHITECTURES}
 
 
-def test_training_explains_most_of_the_variance(store, trained):
-    untrained, _ = train(store, lr=0.0, steps=2)
-    x_nd = stored_tokens(store)
-    assert fvu(trained[0], x_nd) < 0.25
-    assert fvu(untrained, x_nd) > 3 * fvu(trained[0], x_nd)
+# what training gives
 
 
-def test_figures_are_those_of_the_sae_that_is_returned(store, trained):
-    sae, figures = trained
-    x_nd = stored_tokens(store)
-    assert figures["fvu"] == pytest.approx(fvu(sae, x_nd), rel=1e-3)
-    active = float((sae.encode(x_nd) > 0).sum(1).float().mean())
-    assert figures["active"] == pytest.approx(active, rel=1e-3)
+@by_architecture
+def test_training_explains_most_of_the_variance(architecture, source, trained):
+    untrained = train(source, architecture=architecture, lr=0.0, steps=1)
+    assert trained[architecture].metrics.fvu < 0.25
+    assert untrained.metrics.fvu > 4 * trained[architecture].metrics.fvu
 
 
-def test_the_same_seed_gives_the_same_weights(store):
-    (first, _), (second, _) = train(store, steps=20), train(store, steps=20)
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name]), name
+@by_architecture
+def test_the_same_seed_gives_the_same_weights_and_figures(architecture, source):
+    first, second = (train(source, architecture=architecture, steps=30) for _ in range(2))
+    assert same(first.sae, second.sae)
+    assert first.metrics == second.metrics
+    assert first.conversion == second.conversion
 
 
-def test_another_seed_gives_other_weights(store):
-    (first, _), (second, _) = train(store, steps=2), train(store, seed=1, steps=2)
+def test_another_seed_gives_other_weights(source):
+    first, second = (train(source, steps=2, seed=seed).sae for seed in (0, 1))
     assert not torch.allclose(first.W_dec_cd, second.W_dec_cd, atol=0.1)
 
 
-def test_concepts_have_unit_directions_and_positive_thresholds(trained):
-    sae = trained[0]
-    assert sae.W_dec_cd.shape == (4 * 16, 16)
+@by_architecture
+def test_concepts_have_unit_directions_and_no_negative_thresholds(architecture, trained):
+    sae = trained[architecture].sae
+    assert sae.k is None
+    assert (sae.d_in, sae.n_concepts) == (16, 64)
     assert torch.allclose(sae.W_dec_cd.norm(dim=1), torch.ones(64), atol=1e-5)
-    assert bool((sae.threshold_c > 0).all())
+    assert bool((sae.threshold_c >= 0).all())
+    assert all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values())
 
 
-def test_each_concept_fires_as_often_as_the_gate_chose_it(store, trained):
-    sae, x_nd = trained[0], stored_tokens(store)
-    u_nc = x_nd @ sae.W_enc_dc + sae.b_enc_c
-    values_nk, concepts_nk = u_nc.topk(SETTINGS.k, dim=1)
-    chosen_c = torch.bincount(concepts_nk[values_nk > 0], minlength=sae.n_concepts)
-    fires_c = (sae.encode(x_nd) > 0).sum(0)
+def test_dictionaries_whose_rows_are_not_of_length_one_yet_are_made_so(source):
+    sae = train(source, steps=5, lr=0.05).sae
+    assert torch.allclose(sae.W_dec_cd.norm(dim=1), torch.ones(64), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka"])
+def test_concepts_are_active_as_often_as_asked(architecture, trained):
+    assert trained[architecture].metrics.l0 == pytest.approx(SETTINGS.k, rel=0.1)
+
+
+def test_jumprelu_ends_near_its_target(source):
+    for k in (4, 6):
+        found = train(source, architecture="jumprelu", k=k, steps=600)
+        assert found.metrics.l0 == pytest.approx(k, rel=0.2)
+
+
+def test_raw_activations_of_large_mean_and_scale_reconstruct_as_well(trained):
+    tokens_td = sparse_tokens()
+    mean_d = 1000 * directions(1, 16, seed=5)[0]
+    large = MemorySource(40 * tokens_td + mean_d)
+    for architecture in ("topk", "jumprelu"):
+        found = train(large, architecture=architecture)
+        assert found.metrics.fvu < 1.3 * trained[architecture].metrics.fvu
+        x_nd = large.held_out_td[1::2]
+        assert fvu_of(found.sae, x_nd, dense_codes(found.sae, x_nd)) < 0.3
+
+
+def test_dead_concepts_are_revived():
+    source, dead = MemorySource(clustered_tokens()), {}
+    for aux_weight in (0.0, 0.25):
+        seen = []
+        train_saes(
+            source,
+            [
+                replace(
+                    SETTINGS,
+                    expansion=8,
+                    steps=600,
+                    dead_after=20,
+                    k_aux=16,
+                    aux_weight=aux_weight,
+                )
+            ],
+            watch=seen.append,
+        )
+        dead[aux_weight] = seen[-1].dead[0]
+    assert dead[0.0] > 0.1
+    assert dead[0.25] < dead[0.0] / 2
+
+
+def test_bf16_selection_is_about_as_good_as_float32(source, trained):
+    bf16 = train(source, precision="bf16")
+    assert bf16.metrics.fvu == pytest.approx(trained["topk"].metrics.fvu, rel=0.25)
+    assert not same(bf16.sae, trained["topk"].sae)
+    assert bf16.sae.W_dec_cd.dtype == torch.float32
+
+
+def test_auto_is_one_of_the_two_precisions(source):
+    auto, *others = (
+        train(source, steps=20, precision=precision).sae for precision in ("auto", "bf16", "fp32")
+    )
+    assert sum(same(auto, other) for other in others) == 1
+
+
+def test_a_share_of_pooled_tokens_makes_their_reconstruction_better():
+    """Few of the tokens are pooled ones, which have directions of their own."""
+    pooled_t = torch.arange(4000) % 39 == 0
+    tokens_td = sparse_tokens()
+    tokens_td[pooled_t] = mixtures(int(pooled_t.sum()), 20, 3) @ directions(20, 16, seed=9)
+    source = MemorySource(tokens_td, pooled_t=pooled_t, roles_t=pooled_t.to(torch.uint8))
+    without, shared = (
+        train(source, k=3, pooled_share=share, role_names=("others", "pooled"))
+        for share in (0.0, 0.7)
+    )
+    assert shared.metrics.fvu_by_role["pooled"] < 0.8 * without.metrics.fvu_by_role["pooled"]
+
+
+# what is said of it
+
+
+@by_architecture
+def test_figures_are_those_of_the_sae_on_tokens_that_it_never_saw(architecture, source, trained):
+    found = trained[architecture]
+    x_nd = source.held_out_td[1::2]
+    z_nc = dense_codes(found.sae, x_nd)
+    out_nd = (z_nc @ found.sae.W_dec_cd.double()).float() + found.sae.b_dec_d
+    metrics = found.metrics
+    assert metrics.tokens == len(x_nd) == 200
+    assert metrics.fvu == pytest.approx(fvu_of(found.sae, x_nd, z_nc), rel=1e-3)
+    assert metrics.l0 == pytest.approx(l0_of(z_nc), rel=1e-3)
+    assert metrics.dead == pytest.approx(float((z_nc == 0).all(0).double().mean()))
+    dense_c = (z_nc > 0).double().mean(0) > 0.1
+    assert metrics.dense == pytest.approx(float(dense_c.double().mean()))
+    cosines_n = torch.nn.functional.cosine_similarity(x_nd, out_nd)
+    assert metrics.cosine == pytest.approx(float(cosines_n.mean()), rel=1e-3)
+
+
+def gated_again(architecture, sae, x_nd):
+    """The codes of the training gate on the SAE that it became."""
+    u_nc = pre_activations(sae, x_nd)
+    if architecture == "topk":
+        lowest = u_nc.topk(SETTINGS.k, dim=1).values[:, -1:]
+    elif architecture == "jumprelu":
+        lowest = sae.threshold_c.double() + 1e-12
+    else:
+        lowest = u_nc.flatten().topk(SETTINGS.k * len(x_nd)).values[-1]
+    return torch.where((u_nc >= lowest) & (u_nc > 0), u_nc, 0.0)
+
+
+@by_architecture
+def test_figures_of_the_conversion_are_those_of_gate_and_thresholds(architecture, source, trained):
+    sae, conversion = trained[architecture].sae, trained[architecture].conversion
+    x_nd = source.held_out_td[0::2]
+    by_gate_nc, by_threshold_nc = gated_again(architecture, sae, x_nd), dense_codes(sae, x_nd)
+    assert conversion.l0_gate == pytest.approx(l0_of(by_gate_nc), rel=2e-3)
+    assert conversion.l0 == pytest.approx(l0_of(by_threshold_nc), rel=2e-3)
+    assert conversion.fvu_gate == pytest.approx(fvu_of(sae, x_nd, by_gate_nc), rel=5e-3)
+    assert conversion.fvu == pytest.approx(fvu_of(sae, x_nd, by_threshold_nc), rel=5e-3)
+
+
+def test_each_concept_fires_as_often_as_the_gate_chose_it(source, trained):
+    sae, x_nd = trained["topk"].sae, source.held_out_td[0::2]
+    chosen_c = (gated_again("topk", sae, x_nd) > 0).sum(0)
+    fires_c = (dense_codes(sae, x_nd) > 0).sum(0)
     assert int(chosen_c.max()) > 20
     assert torch.equal(fires_c, chosen_c)
 
 
-def test_each_concept_fires_about_as_often_where_batches_are_small(store):
-    sae, _ = train(store, batch_size=128)
-    x_nd = stored_tokens(store)
-    values_nk, concepts_nk = (x_nd @ sae.W_enc_dc + sae.b_enc_c).topk(SETTINGS.k, dim=1)
-    chosen_c = torch.bincount(concepts_nk[values_nk > 0], minlength=sae.n_concepts)
-    fires_c = (sae.encode(x_nd) > 0).sum(0)
-    assert int((fires_c - chosen_c).abs().max()) <= 0.01 * N_TOKENS
+def test_each_concept_fires_about_as_often_on_other_tokens(source, trained):
+    sae, x_nd = trained["topk"].sae, source.training_td.float()
+    chosen_c = (gated_again("topk", sae, x_nd) > 0).double().mean(0)
+    fires_c = (dense_codes(sae, x_nd) > 0).double().mean(0)
+    assert float((fires_c - chosen_c).abs().max()) <= 0.04
 
 
-def test_dead_concepts_are_revived(tmp_path):
-    store = make_store(tmp_path, clustered_tokens())
-    settings = {"expansion": 8, "batch_size": 256, "k_aux": 16}
-    _, without = train(store, aux_weight=0.0, **settings)
-    _, revived = train(store, aux_weight=0.25, **settings)
-    assert without["dead"] > 20
-    assert revived["dead"] < without["dead"] / 2
+def test_figures_per_role_are_against_the_roles_mean():
+    tokens_td = sparse_tokens()
+    roles_t = torch.arange(4000) % 3
+    tokens_td[roles_t == 1] += 10
+    source = MemorySource(tokens_td, roles_t=roles_t)
+    found = train(source, role_names=("plain", "far", "third", "nobody"))
+    assert set(found.metrics.fvu_by_role) == {"plain", "far", "third"}
+    x_nd, roles_n = source.held_out_td[1::2], source.held_out_roles_t[1::2]
+    z_nc = dense_codes(found.sae, x_nd)
+    for number, name in enumerate(("plain", "far", "third")):
+        rows = roles_n == number
+        expected = fvu_of(found.sae, x_nd[rows], z_nc[rows])
+        assert found.metrics.fvu_by_role[name] == pytest.approx(expected, rel=1e-3)
 
 
-def test_raw_activations_of_large_mean_and_scale_reconstruct_well(tmp_path, trained, store):
-    large = make_store(tmp_path, 40 * sparse_tokens() + 250)
-    sae, _ = train(large)
-    assert fvu(sae, stored_tokens(large)) < 1.2 * fvu(trained[0], stored_tokens(store))
+def test_who_watches_gets_figures_every_ten_steps_and_at_the_end(source):
+    seen, totals = [], []
+
+    def progress(steps, total):
+        totals.append(total)
+        return steps
+
+    settings = [replace(SETTINGS, k=k, steps=84) for k in (3, 5)]
+    trained = train_saes(source, settings, watch=seen.append, progress=progress)
+    assert totals == [84]
+    assert [now.step for now in seen] == [10, 20, 30, 40, 50, 60, 70, 80, 84]
+    for now in seen:
+        assert now.tokens_per_second > 0
+        assert len(now.fvu) == len(now.dead) == 2
+        assert all(0 <= dead <= 1 for dead in now.dead)
+        assert now.l0 == pytest.approx([3, 5], rel=0.05)
+    for i in (0, 1):
+        assert seen[-1].fvu[i] < 0.7 * seen[0].fvu[i]
+        assert seen[-1].fvu[i] > 0.8 * trained[i].conversion.fvu_gate
 
 
-def make_model(d=5, c=14, seed=0):
-    """A model in the middle of training, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    model = _TopK(d, c, generator).double()
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data += 0.3 * noise.double()
-    return model
+# several at once
 
 
-def normal(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+def test_saes_of_one_pass_equal_each_trained_alone(source):
+    several = [
+        replace(SETTINGS, steps=60, dead_after=10),
+        replace(SETTINGS, steps=60, dead_after=10, k=7, expansion=2),
+        replace(SETTINGS, steps=60, dead_after=10, architecture="jumprelu"),
+        replace(SETTINGS, steps=60, dead_after=10, architecture="matryoshka", precision="bf16"),
+    ]
+    together = train_saes(source, several)
+    for settings, one in zip(several, together, strict=True):
+        (alone,) = train_saes(source, [settings])
+        assert one.settings == settings
+        assert same(one.sae, alone.sae)
+        assert one.about() == alone.about()
 
 
-def test_folding_moves_mean_and_scale_into_the_weights():
-    model, mean_d, scale = make_model(), normal(5) * 30, 7.0
-    raw_nd = normal(20, 5, seed=2) * scale + mean_d
-    sae = _fold(model, mean_d, scale, repeat(raw_nd), SAESettings(k=3))
-    normalised_nd = (raw_nd - mean_d) / scale
-    u_nc = raw_nd @ sae.W_enc_dc + sae.b_enc_c
-    assert torch.allclose(u_nc, scale * model.pre_activations(normalised_nd))
-    codes_nc = sae.encode(raw_nd)
-    decoded_nd = (codes_nc / scale) @ model.W_dec_cd + model.b_dec_d
-    assert torch.allclose(sae.decode(codes_nc), scale * decoded_nd + mean_d)
+def test_saes_of_several_seeds_see_the_same_tokens_from_other_weights(source):
+    first, second = train_saes(source, [replace(SETTINGS, steps=2, seed=seed) for seed in (0, 1)])
+    (alone,) = train_saes(source, [replace(SETTINGS, steps=2, seed=0)])
+    assert same(first.sae, alone.sae)
+    assert not torch.allclose(first.sae.W_dec_cd, second.sae.W_dec_cd, atol=0.1)
+    assert torch.allclose(first.sae.b_dec_d, second.sae.b_dec_d, atol=0.1)
 
 
-def dense_loss(model, x_nd, dead, k, k_aux, aux_weight):
-    """The objective written out with dense codes: squared error per variance, plus AuxK."""
-
-    def gated(u_nc, allowed, k):
-        z_nc = torch.zeros_like(u_nc)
-        for n in range(len(u_nc)):
-            row_c = u_nc[n].detach()
-            best = sorted(allowed, key=row_c.tolist().__getitem__, reverse=True)[:k]
-            for c in best:
-                z_nc[n, c] = u_nc[n, c].clamp(min=0)
-        return z_nc
-
-    u_nc = (x_nd - model.b_dec_d) @ model.W_enc_dc + model.b_enc_c
-    z_nc = gated(u_nc, range(u_nc.shape[1]), k)
-    residual_nd = x_nd - (z_nc @ model.W_dec_cd + model.b_dec_d)
-    error = (residual_nd**2).sum() / ((x_nd - x_nd.mean(0)) ** 2).sum()
-    if not dead:
-        return error, error, z_nc
-    target_nd = residual_nd.detach()
-    left_nd = target_nd - gated(u_nc, dead, k_aux) @ model.W_dec_cd
-    return error + aux_weight * (left_nd**2).sum() / (target_nd**2).sum(), error, z_nc
+# shared concepts
 
 
-@pytest.mark.parametrize("dead", [[], [2, 3, 7, 11, 12], [4]])
-def test_loss_and_gradient_equal_dense_autograd(dead):
-    model, x_nd = make_model(), normal(12, 5)
-    settings = SAESettings(k=4, k_aux=3, aux_weight=0.5)
-    dead_c = torch.zeros(14, dtype=torch.bool)
-    dead_c[dead] = True
-    loss, error, fired_c = _loss(model, x_nd, dead_c, settings)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters)
-    expected_loss, expected_error, z_nc = dense_loss(model, x_nd, dead, 4, 3, 0.5)
-    expected = torch.autograd.grad(expected_loss, parameters)
-    assert torch.allclose(loss, expected_loss)
-    assert torch.allclose(error, expected_error)
-    assert torch.equal(fired_c, (z_nc > 0).any(0))
-    for name, a, b in zip(names, found, expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-10), name
+def pairs_of_modalities(n, seed, d=32, n_directions=24, alike=0.85):
+    """Both sides of a pair mix the same concepts; a concept's directions in the two modalities
+    have a cosine of alike^2, and the modalities lie apart."""
+    of_all, of_one, of_two, apart = (directions(n_directions, d, s) for s in (100, 101, 102, 103))
+    codes_pc = mixtures(n, n_directions, 3, seed)
+    sides = []
+    for own, side in ((of_one, 0), (of_two, 1)):
+        rows = alike * of_all + (1 - alike**2) ** 0.5 * own
+        sides.append(codes_pc @ torch.nn.functional.normalize(rows, dim=1) + 2 * apart[side])
+    return torch.stack(sides, 1)
+
+
+def found_by_codes(sae, pairs_p2d):
+    """How many sides have their other side's codes as the nearest by cosine."""
+    a_pc, b_pc = (
+        torch.nn.functional.normalize(sae.encode(pairs_p2d[:, side]), dim=1) for side in (0, 1)
+    )
+    return float(((a_pc @ b_pc.T).argmax(1) == torch.arange(len(a_pc))).float().mean())
+
+
+def test_shared_concepts_make_pairs_agree():
+    pairs_p2d, new_p2d = pairs_of_modalities(2000, 0), pairs_of_modalities(400, 1)
+    source = MemorySource(pairs_p2d.flatten(0, 1))
+    found, fvus = {}, {}
+    for kind in ("none", "iso-energy", "group-sparse"):
+        trained = train(
+            source,
+            pairs_p2d=pairs_p2d,
+            shared=kind,
+            shared_weight=0.1,
+            pairs_per_step=128,
+            expansion=2,
+            k=5,
+            steps=600,
+        )
+        found[kind], fvus[kind] = found_by_codes(trained.sae, new_p2d), trained.metrics.fvu
+    assert found["iso-energy"] > 1.5 * found["none"]
+    assert found["group-sparse"] > 1.25 * found["none"]
+    assert max(fvus.values()) < 0.2
+
+
+def test_pairs_change_nothing_where_nothing_is_shared(source):
+    pairs_p2d = pairs_of_modalities(20, 0, d=16)
+    settings = {"steps": 20, "shared": "none"}
+    assert same(train(source, **settings).sae, train(source, pairs_p2d=pairs_p2d, **settings).sae)
+
+
+def test_fewer_pairs_than_a_step_takes_are_enough(source):
+    pairs_p2d = pairs_of_modalities(5, 0, d=16)
+    settings = {"steps": 20, "pairs_per_step": 64, "pairs_p2d": pairs_p2d}
+    plain, shared = (train(source, shared=kind, **settings) for kind in ("none", "iso-energy"))
+    assert not same(plain.sae, shared.sae)
+    assert shared.metrics.fvu < 1.2 * plain.metrics.fvu
+
+
+# wrong settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"architecture": "topp"}, "topp"),
+        ({"options": {"prefixes": [0.5, 1]}}, "prefixes"),
+        ({"architecture": "matryoshka", "options": {"prefixes": [0.5]}}, "prefixes"),
+        ({"architecture": "matryoshka", "options": {"prefixes": []}}, "prefixes"),
+        ({"architecture": "jumprelu", "options": {"bandwidth": 0}}, "bandwidth"),
+        ({"architecture": "jumprelu", "options": {"bandwidth": "wide"}}, "bandwidth"),
+        ({"architecture": "jumprelu", "options": {"l0_weight": None}}, "l0_weight"),
+        ({"k": 65}, "65"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, named, source):
+    with pytest.raises(UserError, match=named):
+        train(source, steps=2, **settings)
+
+
+@by_architecture
+def test_all_concepts_at_once_are_allowed(architecture, source):
+    assert train(source, architecture=architecture, k=64, steps=10).metrics.l0 > 10

@@ -54,6 +54,7 @@ def train_sae(
         UserError: a wrong setting, no store, or `out` holds something already.
     """
     from patch_retriever.backbones.inputs import ROLES
+    from patch_retriever.backbones.load import check_device
     from patch_retriever.sae.formats import save_sae
     from patch_retriever.sae.processes import Processes
     from patch_retriever.sae.train import train_saes
@@ -64,6 +65,7 @@ def train_sae(
     for target in targets:
         if (target / "cfg.json").exists():
             raise UserError(f"{target}: holds a trained SAE already; name another folder")
+    check_device(device)
     processes = Processes.launched(device)
     if store is not None:
         source, pairs_p2d = _stored(Path(store), settings, processes)

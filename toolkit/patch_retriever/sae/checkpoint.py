@@ -50,9 +50,12 @@ class Checkpoint:
         try:
             with safe_open(self.path, "pt") as file:
                 about = json.loads(file.metadata()["training"])
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-            same = about["key"] == self.key and len(about["positions"]) == self.processes.count
+                same = about["key"] == self.key
+                same = same and len(about["positions"]) == self.processes.count
+                states = [
+                    {name: file.get_tensor(f"{i}.{name}") for name in learner.state()}
+                    for i, learner in enumerate(self.learners if same else [])
+                ]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
                 f"{self.path}: no readable checkpoint ({first_line(error)}); "
@@ -63,7 +66,7 @@ class Checkpoint:
                 f"{self.path}: from a training with other settings, tokens or processes; delete it "
                 "to begin anew, or train into another folder"
             )
-        for i, learner in enumerate(self.learners):
-            learner.restore({n: tensors[f"{i}.{n}"] for n in learner.state()})
+        for learner, state in zip(self.learners, states, strict=True):
+            learner.restore(state)
         position = Position(*about["positions"][self.processes.rank])
         return about["step"], position, about["fvu"]

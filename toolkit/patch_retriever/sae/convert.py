@@ -55,9 +55,9 @@ def convert(
         case "learned":
             threshold_c = scale * lengths_c * weights.threshold_c
             gated = selected.kept(u_e > threshold_c[entries.concepts_e])
-        case "one":
+        case "one" if len(gated.values_e):
             threshold_c = gated.values_e.amin().expand_as(b_enc_c).clone()
-        case "per concept":
+        case _:
             threshold_c = matched_thresholds(x_nd, W_enc_cd, b_enc_c, gated.counts())
     W_enc_dc = W_enc_cd.T.contiguous()
     sae = SparseAutoencoder(W_enc_dc, b_enc_c, W_dec_cd, b_dec_d, threshold_c)

@@ -21,7 +21,7 @@ class SAEMetrics:
     fvu: float
     """Fraction of variance unexplained: 0 is perfect, 1 no better than the mean."""
     fvu_by_role: dict[str, float]
-    """The same within the tokens of each role (against the mean of that role)."""
+    """The same within the tokens of each role, of those that are not all alike."""
     l0: float
     """Active concepts per token."""
     dead: float
@@ -53,7 +53,7 @@ def measure(
     by_role = {}
     for number, name in enumerate(role_names):
         rows_m = torch.eq(roles_n, number).nonzero()[:, 0]
-        if len(rows_m) > 1:
+        if len(rows_m) and (x_nd[rows_m] != x_nd[rows_m[0]]).any():
             by_role[name] = fvu(x_nd[rows_m], out_nd[rows_m])
     counts_c = codes.counts()
     return SAEMetrics(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patch_retriever.activations.stream import Source, batches
+from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.architectures import make_architecture
@@ -149,8 +150,11 @@ def _learner(settings: SAESettings, x_nd: Tensor, processes: Processes) -> Learn
     """A new SAE; thresholds that are learned begin where BatchTopK would have its one."""
     d = x_nd.shape[1]
     architecture = make_architecture(settings.architecture, settings.k, **settings.options)
+    c = settings.expansion * d
+    if settings.k > c:
+        raise UserError(f"k {settings.k}: there are {c} concepts only; lower k or raise expansion")
     generator = torch.Generator().manual_seed(settings.seed or 0)
-    weights = Weights.random(d, settings.expansion * d, generator).to(x_nd.device)
+    weights = Weights.random(d, c, generator).to(x_nd.device)
     if architecture.learns_threshold:
         pre_activations = PreActivations(x_nd, weights.W_enc_cd, weights.b_enc_c)
         entries = topk_of_batch(pre_activations, settings.k)
