@@ -277,7 +277,9 @@ def test_a_live_block_has_the_tokens_of_a_store_of_the_same_items(live, transfor
 
 def test_an_epoch_has_every_item_once_but_those_held_out(live):
     blocks = epoch(live)
-    assert [len(block) for block in blocks[:-1]] == [16] * (len(blocks) - 1)
+    sizes = [len(block) for block in blocks]
+    assert max(sizes) <= 16
+    assert max(sizes) - min(sizes) <= 1
     trained = [i for block in blocks for i in block]
     assert len(set(trained)) == len(trained)
     held_out = [MANY[i] for i in range(len(MANY)) if i not in trained]

@@ -33,7 +33,15 @@ def examples(help_text: str) -> list[list[str]]:
 
 
 def test_the_commands_are_those_of_the_docs():
-    assert COMMANDS == ["build", "doctor", "encode", "evaluate", "info"]
+    assert COMMANDS == [
+        "build",
+        "convert-sae",
+        "doctor",
+        "encode",
+        "evaluate",
+        "info",
+        "train-sae",
+    ]
 
 
 def test_the_help_lists_every_command_with_what_it_does():

@@ -29,6 +29,7 @@ from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
 from patch_retriever.retrieval.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
+from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages import (
     choose_readout,
     collect_splits,
@@ -75,6 +76,8 @@ def build_retriever(
         raise UserError(
             f"{config.model}: patched already; build from the model that it was made of"
         )
+    if config.sae_from is not None:
+        load_sae(config.sae_from)  # a wrong one is said before anything is computed
     transformer = load_backbone(config.model, config.dtype, config.device)
     with Run(out / "run", say) as run:
         write_json(out / MARKER, config.model_dump())

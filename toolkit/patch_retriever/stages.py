@@ -87,7 +87,7 @@ def learn_concepts(
     settings = config.sae if config.sae.seed is not None else replace(config.sae, seed=config.seed)
     pairs_p2d = None
     if settings.shared != "none":
-        pairs_p2d = store.pooled_vectors()[torch.tensor(store.pairs)]
+        pairs_p2d = store.training_pairs()
     (trained,) = train_saes(
         StoreSource(store),
         [settings],

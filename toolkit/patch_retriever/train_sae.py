@@ -4,6 +4,7 @@ that SAELens loads too."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -60,6 +61,8 @@ def train_sae(
     from patch_retriever.sae.train import train_saes
 
     out = Path(out)
+    if out.is_file():
+        raise UserError(f"{out}: a file; name a folder to write to")
     folders = dict(zip(folder_names(settings), settings, strict=True))
     targets = [out / name for name in folders]
     for target in targets:
@@ -110,11 +113,10 @@ def stabilities(trained: Sequence[TrainedSAE]) -> dict[str, float]:
     from patch_retriever.sae.metrics import stability
 
     found = {}
-    for a, b in combinations(trained, 2):
+    named = zip(folder_names([one.settings for one in trained]), trained, strict=True)
+    for (name_a, a), (name_b, b) in combinations(named, 2):
         if replace(a.settings, seed=0) == replace(b.settings, seed=0):
-            seeds = f"seeds {a.settings.seed} and {b.settings.seed}"
-            name = f"{a.settings.architecture} k {a.settings.k}, {seeds}"
-            found[name] = stability(a.sae.W_dec_cd, b.sae.W_dec_cd)
+            found[f"{name_a} and {name_b}"] = stability(a.sae.W_dec_cd, b.sae.W_dec_cd)
     return found
 
 
@@ -122,16 +124,12 @@ def _stored(
     folder: Path, settings: Sequence[SAESettings], processes: Processes
 ) -> tuple[Source, Tensor | None]:
     """A store as the source, and its pairs if concepts are to be shared."""
-    import torch
-
     from patch_retriever.activations.store import Store, StoreSource
 
     store = Store(folder)
     pairs_p2d = None
     if any(s.shared != "none" for s in settings):
-        if not store.pairs:
-            raise UserError(f"{folder}: no pairs in this store; shared concepts need them")
-        pairs_p2d = store.pooled_vectors()[torch.tensor(store.pairs)]
+        pairs_p2d = store.training_pairs()
     return StoreSource(store, processes.rank, processes.count), pairs_p2d
 
 
@@ -159,7 +157,9 @@ def _live(
 
 
 def _remove_checkpoint(folder: Path) -> None:
-    """What only a stopped training needs."""
-    import shutil
+    """What only a stopped training needs, and nothing else that lies there."""
+    from patch_retriever.sae.checkpoint import FILE
 
-    shutil.rmtree(folder, ignore_errors=True)
+    (folder / FILE).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patch_retriever.activations.store import StoreWriter
-from patch_retriever.activations.stream import Block, is_held_out, some_of
+from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
 from patch_retriever.backbones.inputs import TokenRoles, item_batches, pool, pooling_weights
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.readout import LAST, Readout
@@ -128,8 +128,7 @@ class LiveSource:
         """Item numbers in a random order, `items_in_block` at a time."""
         order = torch.randperm(len(self.training), generator=generator).tolist()
         mine = [self.training[i] for i in order[self.rank :: self.processes]]
-        size = self.items_in_block
-        return [mine[start : start + size] for start in range(0, len(mine), size)]
+        return in_blocks(mine, self.items_in_block)
 
     def read(self, block: list[int]) -> Block:
         """The tokens of some items."""

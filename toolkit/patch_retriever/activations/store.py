@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from patch_retriever.activations.stream import Block, is_held_out, some_of
+from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, write_json, write_tensors
 
@@ -131,7 +131,7 @@ class Store:
     def training(self, number: int) -> tuple[Tensor, Tensor]:
         """A shard's activations (t, d) and which are pooled (t,), without what is held out."""
         shard = self.read(number)
-        kept_t = ~self._is_held_out(shard)
+        kept_t = ~self._is_held_out(number, shard)
         return shard["activations_td"][kept_t], shard["pooled_t"][kept_t].bool()
 
     def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -143,18 +143,32 @@ class Store:
         activations, roles = [], []
         for number in torch.linspace(0, n - 1, wanted).round().long().tolist():
             shard = self.read(number)
-            kept_t = self._is_held_out(shard)
+            kept_t = self._is_held_out(number, shard)
             activations.append(shard["activations_td"][kept_t])
             roles.append(shard["roles_t"][kept_t])
         if not any(map(len, roles)):
             raise UserError(f"{self.folder}: too few tokens to hold some out; collect more items")
         return some_of(torch.cat(activations), torch.cat(roles), tokens)
 
-    def _is_held_out(self, shard: dict[str, Tensor]) -> Tensor:
+    def _is_held_out(self, number: int, shard: dict[str, Tensor]) -> Tensor:
         """Which tokens are; by items, or by themselves where there are few items."""
         if self.n_items >= FEW_ITEMS:
             return is_held_out(shard["items_t"])
-        return is_held_out(torch.arange(len(shard["items_t"])))
+        before = sum(s["tokens"] for s in self.shards[:number])
+        return is_held_out(torch.arange(before, before + len(shard["items_t"])))
+
+    def training_pairs(self) -> Tensor:
+        """Pooled vectors of the pairs of which no item is held out, (p, 2, d).
+
+        Raises:
+            UserError: the store was collected without pairs.
+        """
+        pairs_p2 = torch.tensor(self.pairs, dtype=torch.long).view(-1, 2)
+        if self.n_items >= FEW_ITEMS:
+            pairs_p2 = pairs_p2[~is_held_out(pairs_p2).any(1)]
+        if not len(pairs_p2):
+            raise UserError(f"{self.folder}: no pairs in this store; shared concepts need them")
+        return self.pooled_vectors()[pairs_p2]
 
     def pooled_vectors(self) -> Tensor:
         """Every item's mean over the tokens that the readout's pooling reads, (items, d)."""
@@ -181,8 +195,7 @@ class StoreSource:
     def epoch(self, generator: torch.Generator) -> list[list[int]]:
         """Shard numbers in a random order, as many in a block as memory is meant for."""
         order = torch.randperm(len(self.store.shards), generator=generator).tolist()
-        size = self.shards_in_block
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        return in_blocks(order, self.shards_in_block)
 
     def read(self, block: list[int]) -> Block:
         """The tokens of some shards."""

@@ -50,7 +50,16 @@ class Source(Protocol):
 def is_held_out(numbers_n: Tensor) -> Tensor:
     """Whether items (or tokens) of these numbers are kept from training: about one in twenty,
     scattered, always the same ones. SAEs are measured on them."""
-    return ((numbers_n.long() * 2_654_435_761) % 2**32 >> 16) % 20 == 7
+    mixed_n = numbers_n.long() + 1
+    for _ in range(2):  # the mixing steps of a 32-bit hash: no period in the numbers survives
+        mixed_n = ((mixed_n >> 16) ^ mixed_n) * 0x45D9F3B & 0xFFFFFFFF
+    return ((mixed_n >> 16) ^ mixed_n) % 20 == 6
+
+
+def in_blocks(numbers: list[int], size: int) -> list[list[int]]:
+    """Up to `size` numbers a block, spread evenly, so that no block is a small rest."""
+    count = -(-len(numbers) // size)
+    return [part.tolist() for part in np.array_split(np.array(numbers, int), count)]
 
 
 def some_of(tokens_td: Tensor, roles_t: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +93,8 @@ def batches(
     start = start or Position()
     with closing(prefetched(_blocks(source, seed, start))) as blocks:
         for epoch, number, block in blocks:
+            if not len(block.pooled_t):
+                continue  # this process's share of a very small block
             picks = _repeat_pooled(block.pooled_t, pooled_share)
             picks = picks.repeat(-(-batch_size // len(picks)))  # a batch at least
             generator = _generator(seed, epoch, number + 1)

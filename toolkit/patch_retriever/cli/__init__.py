@@ -45,7 +45,7 @@ def main() -> None:
     patch-retriever build -o demo                     the built-in model and world
     patch-retriever build Qwen/Qwen2-VL-2B-Instruct --pairs photos.jsonl -o my-retriever
     patch-retriever info my-retriever                 what was done, and the table
-    patch-retriever train-sae demo/run/collect -o sae an SAE of your own
+    patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
     """
 

@@ -51,11 +51,15 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of the weights; the first one's also of the order of tokens.",
 )
-@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True)
+@click.option(
+    "--steps", type=click.IntRange(1), default=2000, show_default=True, help="Steps of training."
+)
 @click.option(
     "--batch-size", type=click.IntRange(1), default=2048, show_default=True, help="Tokens a step."
 )
-@click.option("--lr", type=click.FloatRange(0), default=1e-3, show_default=True)
+@click.option(
+    "--lr", type=click.FloatRange(0), default=1e-3, show_default=True, help="Learning rate of Adam."
+)
 @click.option(
     "--precision",
     type=click.Choice(["auto", "bf16", "fp32"]),
@@ -70,7 +74,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Let the store's image-text pairs pull concepts together.",
 )
-@click.option("--shared-weight", type=click.FloatRange(0), default=0.03, show_default=True)
+@click.option(
+    "--shared-weight",
+    type=click.FloatRange(0),
+    default=0.1,
+    show_default=True,
+    help="How strongly they do.",
+)
 @click.option(
     "--option",
     "options",
@@ -95,7 +105,13 @@ if TYPE_CHECKING:
     help="Its prompt, without a STORE.",
 )
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=1000, show_default=True)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Steps after which a stopped training could go on.",
+)
 @click.option(
     "--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files."
 )
@@ -137,13 +153,17 @@ def train_sae(
     from patch_retriever.train_sae import folder_names, stabilities
     from patch_retriever.train_sae import train_sae as train
 
+    given = _options(options)
     settings = [
-        SAESettings(architecture=a, k=n, expansion=e, seed=s, options=_options(options), **common)
+        SAESettings(
+            architecture=a, k=n, expansion=e, seed=s, options=_own(a, given, architecture), **common
+        )
         for a, n, e, s in product(architecture, k, expansion, seed)
     ]
     quiet_libraries()
     narrator = Narrator(silent=as_json)
-    watches = [narrator.watch] + ([board(tensorboard)] if tensorboard else [])
+    speaks = os.environ.get("RANK", "0") == "0"  # the first process speaks for all
+    watches = [narrator.watch] + ([board(tensorboard)] if tensorboard and speaks else [])
 
     def watch(now: Now) -> None:
         for each in watches:
@@ -162,8 +182,8 @@ def train_sae(
         progress=narrator.progress,
         watch=watch,
     )
-    if os.environ.get("RANK", "0") != "0":
-        return  # the first process speaks for all
+    if not speaks:
+        return
     found = dict(zip(folder_names(settings), trained, strict=True))
     stable = stabilities(trained)
     if as_json:
@@ -188,6 +208,18 @@ def describe(trained: TrainedSAE) -> str:
         f"  concepts: {m.dead:.1%} silent on them, {m.dense:.1%} on more than a tenth of them; "
         f"{m.neighbours:.1%} of nearest neighbours kept"
     )
+
+
+def _own(name: str, given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The options that this architecture has; one that none of the trained ones has is kept for
+    the error that it deserves."""
+    from dataclasses import fields
+
+    from patch_retriever.sae.architectures import ARCHITECTURES
+
+    known = {n: {field.name for field in fields(ARCHITECTURES[n])} for n in names}
+    anyones = set().union(*known.values())
+    return {k: v for k, v in given.items() if k in known[name] or k not in anyones}
 
 
 def _options(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from patch_retriever.sae.learner import Learner
 from patch_retriever.sae.processes import Processes
 
 FILE = "training.safetensors"
+CHECKPOINT_FORMAT = 1
+"""Raised when the state changes meaning, so that an old checkpoint is refused."""
 
 
 class Checkpoint:

@@ -64,14 +64,16 @@ class Codes:
         counts_n = (self.starts_n1[1:] - self.starts_n1[:-1])[rows]
         starts_n1 = torch.cat([counts_n.new_zeros(1), counts_n.cumsum(0)])
         shift_n = self.starts_n1[:-1][rows] - starts_n1[:-1]
-        entries = torch.arange(int(starts_n1[-1])) + shift_n.repeat_interleave(counts_n)
+        entries = torch.arange(int(starts_n1[-1]), device=rows.device) + shift_n.repeat_interleave(
+            counts_n
+        )
         return Codes(starts_n1, self.concepts_e[entries], self.values_e[entries], self.n_concepts)
 
     @property
     def rows_e(self) -> Tensor:
         """The item of every entry."""
         counts_n = self.starts_n1[1:] - self.starts_n1[:-1]
-        return torch.arange(len(self)).repeat_interleave(counts_n)
+        return torch.arange(len(self), device=counts_n.device).repeat_interleave(counts_n)
 
     def kept(self, keep_e: Tensor) -> Codes:
         """Only the entries where `keep_e` holds."""

@@ -40,7 +40,7 @@ class SAESettings:
     auto: bf16 where the machine has matrix units for it."""
     shared: Literal["none", "iso-energy", "group-sparse"] = "none"
     """How image-text pairs pull concepts together."""
-    shared_weight: Annotated[float, Field(ge=0)] = 0.03
+    shared_weight: Annotated[float, Field(ge=0)] = 0.1
     pairs_per_step: Annotated[int, Field(ge=1)] = 64
     """Pairs in every step where concepts are shared."""
     seed: Annotated[int, Field(ge=0)] | None = None

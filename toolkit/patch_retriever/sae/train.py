@@ -17,7 +17,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.architectures import make_architecture
-from patch_retriever.sae.checkpoint import Checkpoint
+from patch_retriever.sae.checkpoint import CHECKPOINT_FORMAT, Checkpoint
 from patch_retriever.sae.convert import Conversion, convert
 from patch_retriever.sae.learner import Learner, Loss, Weights
 from patch_retriever.sae.memory import keep_freed_memory
@@ -103,7 +103,9 @@ def train_saes(
     normalised_nd = ((first_nd[:local_size] - mean_d) / scale).to(processes.device)
     learners = [_learner(s, normalised_nd, processes) for s in settings]
     pairs = None if pairs_p2d is None else _Pairs((pairs_p2d - mean_d) / scale, common, seed)
-    key = value_hash([[asdict(s) for s in settings], pooled_share, mean_d.tolist(), scale])
+    key = value_hash(
+        [CHECKPOINT_FORMAT, [asdict(s) for s in settings], pooled_share, mean_d.tolist(), scale]
+    )
     checkpoint = Checkpoint(folder, key, learners, processes)
     start, position, fvu = checkpoint.load()
     began, measured_from = time.monotonic(), start
@@ -181,7 +183,7 @@ def _low_precision(precision: str, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 or newer
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 

@@ -23,7 +23,7 @@ class JumpReLU(Architecture):
 
     bandwidth: float = 0.05
     """Width of the window, where tokens have a mean square norm of one."""
-    l0_weight: float = 0.3
+    l0_weight: float = 1.0
 
     name = "jumprelu"
     threshold = "learned"
