@@ -23,14 +23,26 @@ if TYPE_CHECKING:
     from patch_retriever.config import BuildConfig as BuildConfig
     from patch_retriever.patch.artefact import Patch as Patch
     from patch_retriever.retriever import PatchedRetriever as PatchedRetriever
+    from patch_retriever.sae.settings import SAESettings as SAESettings
+    from patch_retriever.sae_training import train_sae as train_sae
 
 _HOMES = {
     "build_retriever": "patch_retriever.build",
     "BuildConfig": "patch_retriever.config",
     "Patch": "patch_retriever.patch.artefact",
     "PatchedRetriever": "patch_retriever.retriever",
+    "SAESettings": "patch_retriever.sae.settings",
+    "train_sae": "patch_retriever.sae_training",
 }
-__all__ = ["BuildConfig", "Patch", "PatchedRetriever", "__version__", "build_retriever"]
+__all__ = [
+    "BuildConfig",
+    "Patch",
+    "PatchedRetriever",
+    "SAESettings",
+    "__version__",
+    "build_retriever",
+    "train_sae",
+]
 
 
 def __getattr__(name: str) -> Any:

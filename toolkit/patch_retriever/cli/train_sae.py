@@ -150,8 +150,8 @@ def train_sae(
     """
     from patch_retriever.cli.progress import Narrator, board, quiet_libraries
     from patch_retriever.sae.settings import SAESettings
-    from patch_retriever.train_sae import folder_names, stabilities
-    from patch_retriever.train_sae import train_sae as train
+    from patch_retriever.sae_training import folder_names, stabilities
+    from patch_retriever.sae_training import train_sae as train
 
     given = _options(options)
     settings = [

@@ -13,7 +13,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.metrics import stability
 from patch_retriever.sae.settings import SAESettings
-from patch_retriever.train_sae import CHECKPOINTS, folder_names, stabilities, train_sae
+from patch_retriever.sae_training import CHECKPOINTS, folder_names, stabilities, train_sae
 from synthetic import sparse_tokens, write_store
 
 SETTINGS = SAESettings(expansion=2, k=4, steps=20, batch_size=128, seed=0)
