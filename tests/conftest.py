@@ -98,3 +98,18 @@ def photo_folder(tmp_path: Path) -> Path:
         rows.append({"image": f"{i}.png", "text": f"a field of colour number {i}"})
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return tmp_path
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of an SAE that another package saved, which loads as it is."""
+    import shutil
+
+    from saved import FIXTURES, Saved
+
+    def copy(case: str) -> Saved:
+        saved = Saved(Path(shutil.copytree(FIXTURES / case, tmp_path / case)))
+        saved.load()
+        return saved
+
+    return copy

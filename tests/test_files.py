@@ -102,7 +102,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, call):
 
 
 def test_a_full_disk_while_tensors_are_written_is_told(tmp_path, monkeypatch):
-    def save_file(_tensors, path: Path) -> None:
+    def save_file(_tensors, path: Path, _metadata: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
