@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,29 @@ def train_saes(
     common = settings[0]
     seed = common.seed or 0
     local_size = max(1, common.batch_size // processes.count)
-    with closing(batches(source, local_size, seed, None, pooled_share)) as stream:
-        first_nd = torch.cat([next(stream)[0] for _ in range(8)])
-    mean_d, scale = _statistics(first_nd, processes)
-    normalised_nd = ((first_nd[:local_size] - mean_d) / scale).to(processes.device)
-    learners = [_learner(s, normalised_nd, processes) for s in settings]
-    pairs = None if pairs_p2d is None else _Pairs((pairs_p2d - mean_d) / scale, common, seed)
-    key = value_hash(
-        [CHECKPOINT_FORMAT, [asdict(s) for s in settings], pooled_share, mean_d.tolist(), scale]
-    )
-    checkpoint = Checkpoint(folder, key, learners, processes)
-    start, position, fvu = checkpoint.load()
-    began, measured_from = time.monotonic(), start
-    with closing(batches(source, local_size, seed, position, pooled_share)) as stream:
+    with ExitStack() as streams:
+        stream = streams.enter_context(
+            closing(batches(source, local_size, seed, None, pooled_share))
+        )
+        opening = list(islice(stream, 8))
+        first_nd = torch.cat([x_nd for x_nd, _ in opening])
+        mean_d, scale = _statistics(first_nd, processes)
+        normalised_nd = ((first_nd[:local_size] - mean_d) / scale).to(processes.device)
+        learners = [_learner(s, normalised_nd, processes) for s in settings]
+        pairs = None if pairs_p2d is None else _Pairs((pairs_p2d - mean_d) / scale, common, seed)
+        key = value_hash(
+            [CHECKPOINT_FORMAT, [asdict(s) for s in settings], pooled_share, mean_d.tolist(), scale]
+        )
+        checkpoint = Checkpoint(folder, key, learners, processes)
+        start, position, fvu = checkpoint.load()
+        if start:  # what the stream has read ahead is of another place
+            stream.close()
+            there = batches(source, local_size, seed, position, pooled_share)
+            stream, opening = streams.enter_context(closing(there)), []
+        began, measured_from = time.monotonic(), start
+        tokens = chain(opening, stream)
         for step in progress(range(start, common.steps), common.steps - start):
-            x_nd, position = next(stream)
+            x_nd, position = next(tokens)
             x_nd = ((x_nd - mean_d) / scale).to(processes.device)
             losses = []
             for learner, own in zip(learners, settings, strict=True):
