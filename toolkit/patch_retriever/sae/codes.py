@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patch_retriever.sae.ops import starts_of, weighted_rows
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -22,19 +24,15 @@ class Codes:
     @classmethod
     def from_dense(cls, codes_nc: Tensor) -> Codes:
         """The non-zero entries of a dense matrix."""
-        counts_n = (codes_nc != 0).sum(1)
         rows_e, concepts_e = codes_nc.nonzero(as_tuple=True)
-        starts_n1 = torch.cat([counts_n.new_zeros(1), counts_n.cumsum(0)])
-        return cls(starts_n1, concepts_e, codes_nc[rows_e, concepts_e], codes_nc.shape[1])
+        return cls.from_entries(rows_e, concepts_e, codes_nc[rows_e, concepts_e], *codes_nc.shape)
 
     @classmethod
     def from_entries(
         cls, rows_e: Tensor, concepts_e: Tensor, values_e: Tensor, n: int, c: int
     ) -> Codes:
         """Entries in the order of their rows, as a matrix (n, c)."""
-        counts_n = torch.bincount(rows_e, minlength=n)
-        starts_n1 = torch.cat([counts_n.new_zeros(1), counts_n.cumsum(0)])
-        return cls(starts_n1, concepts_e, values_e, c)
+        return cls(starts_of(torch.bincount(rows_e, minlength=n)), concepts_e, values_e, c)
 
     @classmethod
     def stacked(cls, parts: Sequence[Codes]) -> Codes:
@@ -62,7 +60,7 @@ class Codes:
     def __getitem__(self, rows: Tensor) -> Codes:
         """The given rows, in the given order."""
         counts_n = (self.starts_n1[1:] - self.starts_n1[:-1])[rows]
-        starts_n1 = torch.cat([counts_n.new_zeros(1), counts_n.cumsum(0)])
+        starts_n1 = starts_of(counts_n)
         shift_n = self.starts_n1[:-1][rows] - starts_n1[:-1]
         entries = torch.arange(int(starts_n1[-1]), device=rows.device) + shift_n.repeat_interleave(
             counts_n
@@ -81,6 +79,11 @@ class Codes:
         return Codes.from_entries(
             self.rows_e[keep_e], concepts_e, values_e, len(self), self.n_concepts
         )
+
+    @property
+    def l0(self) -> float:
+        """Active concepts per item."""
+        return len(self.values_e) / len(self)
 
     def counts(self) -> Tensor:
         """How many items each concept is active in, (c,)."""
@@ -102,13 +105,8 @@ class Codes:
 
     def matmul(self, dictionary_cd: Tensor) -> Tensor:
         """codes @ dictionary, (n, d), touching active entries only."""
-        return torch.nn.functional.embedding_bag(
-            self.concepts_e,
-            dictionary_cd,
-            self.starts_n1[:-1],
-            per_sample_weights=self.values_e.to(dictionary_cd.dtype),
-            mode="sum",
-        )
+        values_e = self.values_e.to(dictionary_cd.dtype)
+        return weighted_rows(values_e, self.concepts_e, self.starts_n1[:-1], dictionary_cd)
 
     def dense(self) -> Tensor:
         """As a dense matrix (n, c)."""

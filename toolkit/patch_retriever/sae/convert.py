@@ -92,11 +92,7 @@ def _compared(sae: SparseAutoencoder, gated: Codes, x_nd: Tensor) -> Conversion:
     """The gate's codes beside those of the thresholds."""
     codes = sae.codes(x_nd)
     figures = [fvu(x_nd, c.matmul(sae.W_dec_cd) + sae.b_dec_d) for c in (gated, codes)]
-    return Conversion(_l0(gated), _l0(codes), *figures)
-
-
-def _l0(codes: Codes) -> float:
-    return len(codes.values_e) / len(codes)
+    return Conversion(gated.l0, codes.l0, *figures)
 
 
 def matched_thresholds(x_nd: Tensor, W_enc_cd: Tensor, b_enc_c: Tensor, counts_c: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def measure(
     return SAEMetrics(
         fvu(x_nd, out_nd),
         by_role,
-        len(codes.values_e) / len(x_nd),
+        codes.l0,
         float((counts_c == 0).float().mean()),
         float((counts_c > DENSE * len(x_nd)).float().mean()),
         float(torch.nn.functional.cosine_similarity(x_nd, out_nd).mean()),

@@ -44,6 +44,11 @@ def sampled_products(a_nd: Tensor, b_cd: Tensor, rows_e: Tensor, index_e: Tensor
     )
 
 
+def starts_of(counts_r: Tensor) -> Tensor:
+    """Where each row's entries begin, and where the last one's end, (r + 1,)."""
+    return torch.cat([counts_r.new_zeros(1), counts_r.cumsum(0)])
+
+
 class PreActivations:
     """u = W x^T + b for a batch, one chunk of tokens at a time; can be gone through again.
 
@@ -99,8 +104,7 @@ class Entries:
     @property
     def starts_r(self) -> Tensor:
         """Where each row's entries begin, (n_rows,)."""
-        counts_r = torch.bincount(self.rows_e, minlength=self.n_rows)
-        return counts_r.cumsum(0) - counts_r
+        return starts_of(torch.bincount(self.rows_e, minlength=self.n_rows))[:-1]
 
 
 def topk_concepts(u_cn: Tensor, k: int, fan: int = 4) -> Tensor:
@@ -168,8 +172,7 @@ class ByConcept:
     def of(cls, entries: Entries, n_concepts: int) -> ByConcept:
         """Sort by concept, keeping the order of rows within one (so that sums are repeatable)."""
         order_e = entries.concepts_e.int().argsort(stable=True)
-        counts_c = torch.bincount(entries.concepts_e, minlength=n_concepts)
-        starts_c1 = torch.cat([counts_c.new_zeros(1), counts_c.cumsum(0)])
+        starts_c1 = starts_of(torch.bincount(entries.concepts_e, minlength=n_concepts))
         rows_e, concepts_e = entries.rows_e[order_e], entries.concepts_e[order_e]
         return cls(entries, order_e, rows_e, concepts_e, starts_c1)
 
