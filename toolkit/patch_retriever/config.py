@@ -17,9 +17,9 @@ class ScenesSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    calibration: int = Field(350, ge=20)
-    validation: int = Field(200, ge=20)
-    test: int = Field(500, ge=20)
+    calibration: int = Field(default=350, ge=20)
+    validation: int = Field(default=200, ge=20)
+    test: int = Field(default=500, ge=20)
 
 
 class BuildConfig(BaseModel):
@@ -33,13 +33,13 @@ class BuildConfig(BaseModel):
     """A pairs file, a folder of pictures with texts, or scenes (built in)."""
     preset: Literal["auto", "paper"] = "auto"
     """auto tries readouts on validation; paper pins the paper's."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     skip_bad: bool = False
     """Leave bad rows and pictures out instead of stopping."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
-    batch_size: int = Field(64, ge=1)
-    scenes: ScenesSettings = ScenesSettings()  # type: ignore[call-arg]
+    batch_size: int = Field(default=64, ge=1)
+    scenes: ScenesSettings = ScenesSettings()
     sae: SAESettings = SAESettings()
     sae_from: str | None = None
     """An SAE to use instead of training one: a folder or a hub id, in a format that is read."""

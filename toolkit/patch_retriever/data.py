@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from patch_retriever.config import ScenesSettings
 from patch_retriever.files import write_json
 from patch_retriever.items import Item, PictureFile
 from patch_retriever.progress import Progress
@@ -93,7 +94,7 @@ def all_items(pairs: str) -> list[Item]:
     if pairs == SCENES:
         from patch_retriever.scenes.tasks import scenes_collection
 
-        return list(scenes_collection("calibration", 350, 0).items)
+        return list(scenes_collection("calibration", ScenesSettings().calibration, 0).items)
     read = read_pairs(Path(pairs))
     return [
         item for pair in read.pairs for item in (Item(picture=pair.picture), Item(text=pair.text))

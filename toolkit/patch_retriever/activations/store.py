@@ -49,7 +49,8 @@ class StoreWriter:
             }
         )
         self._d = activations_td.shape[1]
-        self._n_items = max([self._n_items, *(items_t + 1).tolist()])
+        if len(items_t):
+            self._n_items = max(self._n_items, int(items_t.max()) + 1)
         if sum(len(w["roles_t"]) for w in self._waiting) >= self.tokens_per_shard:
             self._flush()
 
