@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from patch_retriever.cli import main
+from commands import error_line, invoke
 from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.model import SparseAutoencoder
 from synthetic import directions, sparse_tokens, write_store
@@ -40,7 +39,7 @@ def saved(tmp_path):
 
 
 def run(*args):
-    return CliRunner().invoke(main, ["convert-sae", *map(str, args)], prog_name="patch-retriever")
+    return invoke("convert-sae", *args)
 
 
 def done(*args):
@@ -50,11 +49,7 @@ def done(*args):
 
 
 def fails(*args):
-    result = run(*args)
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert (result.exit_code, result.stdout) == (2, "")
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error: "))
-    return line.removeprefix("Error: ")
+    return error_line(run(*args))
 
 
 def test_without_a_store_it_stays_what_it_is(saved, tmp_path):

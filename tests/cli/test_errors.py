@@ -11,17 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 from PIL import Image
 
+from commands import invoke
 from patch_retriever.cli import main
 from patch_retriever.runs import MARKER, Run
 
 PROGRESS = re.compile(r"\[ *\d+\.\d s\] ")
-
-
-def invoke(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args], prog_name="patch-retriever")
 
 
 def fails(*args: object) -> str:

@@ -8,9 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
 
-from patch_retriever.cli import main
+from commands import error_line, invoke
 from patch_retriever.sae.formats import load_sae
 from synthetic import sparse_tokens, write_store
 
@@ -24,7 +23,7 @@ def store(tmp_path_factory):
 
 
 def run(*args):
-    return CliRunner().invoke(main, ["train-sae", *map(str, args)], prog_name="patch-retriever")
+    return invoke("train-sae", *args)
 
 
 def done(*args):
@@ -34,12 +33,7 @@ def done(*args):
 
 
 def fails(*args):
-    """The one line that is said about what a user can mend."""
-    result = run(*args)
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert (result.exit_code, result.stdout) == (2, "")
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error: "))
-    return line.removeprefix("Error: ")
+    return error_line(run(*args))
 
 
 def fresh(*args, cwd=None):

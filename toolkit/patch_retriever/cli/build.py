@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patch_retriever.cli import options
+
 if TYPE_CHECKING:
     from patch_retriever.config import BuildConfig
 
@@ -19,9 +21,7 @@ if TYPE_CHECKING:
     metavar="FILE|FOLDER|scenes",
     help="Pictures with texts. [default: scenes, the built-in world]",
 )
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
-)
+@options.out_folder
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Settings in YAML.")
 @click.option(
     "--preset",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     help="Leave bad rows and pictures out, and count them.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@options.as_json
 def build(
     model: str | None,
     pairs: str | None,

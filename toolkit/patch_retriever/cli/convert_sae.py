@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
+from patch_retriever.cli import options
+
 
 @click.command("convert-sae")
 @click.argument("source")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
-)
+@options.out_folder
 @click.option(
     "--k", type=click.IntRange(1), help="Active concepts per token, where the file does not say it."
 )

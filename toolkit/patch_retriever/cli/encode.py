@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from patch_retriever.cli import options
+
 
 @click.command()
 @click.argument("model")
@@ -25,14 +27,8 @@ import click
     show_default=True,
     help="As queries or as documents.",
 )
-@click.option("--device", default="cpu", show_default=True, help="torch device.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Items per forward pass.",
-)
+@options.device
+@options.items_per_pass
 def encode(model: str, items: Path, out: Path, role: str, device: str, batch_size: int) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 

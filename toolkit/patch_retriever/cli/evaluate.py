@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from patch_retriever.cli import options
+
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
@@ -37,15 +39,9 @@ import click
     help="Seed of the tasks, of the pairs' split and of the bootstrap. "
     "[default: that of the first MODEL that `build` made, else 0]",
 )
-@click.option("--device", default="cpu", show_default=True, help="torch device.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Items per forward pass.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@options.device
+@options.items_per_pass
+@options.as_json
 def evaluate(
     models: tuple[str, ...],
     pairs: str,

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patch_retriever.cli import options
+
 if TYPE_CHECKING:
     from patch_retriever.sae.train import Now, TrainedSAE
 
 
 @click.command("train-sae")
 @click.argument("store", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
-)
+@options.out_folder
 @click.option(
     "--architecture",
     multiple=True,
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--option",
-    "options",
+    "given",
     multiple=True,
     metavar="KEY=VALUE",
     help="What only one architecture has: prefixes=[0.25,1], bandwidth=0.05, l0_weight=0.3.",
@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Its prompt, without a STORE.",
 )
-@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@options.device
 @click.option(
     "--checkpoint-every",
     type=click.IntRange(1),
@@ -115,7 +115,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@options.as_json
 def train_sae(
     store: Path | None,
     out: Path,
@@ -123,7 +123,7 @@ def train_sae(
     k: tuple[int, ...],
     expansion: tuple[int, ...],
     seed: tuple[int, ...],
-    options: tuple[str, ...],
+    given: tuple[str, ...],
     pooled_share: float,
     model: str,
     pairs: str,
@@ -153,10 +153,15 @@ def train_sae(
     from patch_retriever.sae_training import folder_names, stabilities
     from patch_retriever.sae_training import train_sae as train
 
-    given = _options(options)
+    own_options = _options(given)
     settings = [
         SAESettings(
-            architecture=a, k=n, expansion=e, seed=s, options=_own(a, given, architecture), **common
+            architecture=a,
+            k=n,
+            expansion=e,
+            seed=s,
+            options=_own(a, own_options, architecture),
+            **common,
         )
         for a, n, e, s in product(architecture, k, expansion, seed)
     ]
