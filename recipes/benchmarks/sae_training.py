@@ -7,7 +7,8 @@ their own initial weights, drawn from the same seed. The processes take turns of
 noise of the machine hits all of them. After training all reconstruct the same held-out tokens.
 
 Activations are made up: 24 directions of a dictionary, frequent ones far more often (Zipf), with
-positive strengths, plus a mean and some noise; normalised to mean zero and mean square norm 1 for
+positive strengths, plus a mean and some noise. `--store` takes those of an activation store instead
+(c = 8 d, k 24, 1,024 tokens a step). They are normalised to mean zero and mean square norm 1 for
 every package.
 
     python recipes/benchmarks/sae_training.py --install peers     # once: the environments
@@ -39,7 +40,7 @@ import time
 import venv
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class Size:
     batch: int
     steps: int
     held_out: int = 8192
+    training: int = 0
+    """Training tokens in the file, gone through again and again; 0: as many as the steps take."""
 
 
 SIZES = {
@@ -134,7 +137,7 @@ ROWS = [
 ]
 
 
-def write_tokens(path: Path, size: Size, seed: int) -> None:
+def write_tokens(path: Path, size: Size, seed: int) -> Size:
     """Training tokens, then held-out ones, normalised; float16, as `worker.Tokens` reads them."""
     # never the stream that initial weights are drawn from: the first rows of both would be equal,
     # and an SAE that draws them as here would start from the answer
@@ -162,6 +165,28 @@ def write_tokens(path: Path, size: Size, seed: int) -> None:
                 scale = (x_nd - shift_d).square().sum(1).mean().sqrt()
             ((x_nd - shift_d) / scale).half().numpy().tofile(file)
             left -= n
+    return size
+
+
+def write_store(path: Path, store: Path, steps: int, seed: int) -> Size:
+    """The tokens of an activation store, in a random order, in the format of `write_tokens`."""
+    from patch_retriever.activations.store import Store
+
+    opened = Store(store)
+    x_nd = torch.cat([opened.training(i)[0] for i in range(len(opened.shards))]).float()
+    batch = 1024
+    generator = torch.Generator().manual_seed(0xDA7A + seed)
+    order_n = torch.randperm(len(x_nd), generator=generator)
+    x_nd = x_nd[order_n[: len(order_n) // batch * batch]]
+    if not len(x_nd):
+        raise click.BadParameter(f"{store}: fewer than {batch} training tokens")
+    held_out_nd, _ = opened.held_out(8192)
+    mean_d = x_nd.mean(0)
+    scale = (x_nd - mean_d).square().sum(1).mean().sqrt()
+    with path.open("wb") as file:
+        for part_nd in (x_nd, held_out_nd):
+            ((part_nd - mean_d) / scale).half().numpy().tofile(file)
+    return Size(opened.d, 8 * opened.d, 24, batch, steps, len(held_out_nd), len(x_nd))
 
 
 class WorkerError(Exception):
@@ -273,7 +298,7 @@ class Round:
             options=row.options,
             threads=self.threads,
             path=str(self.folder / "tokens"),
-            n=self.size.steps * self.size.batch,
+            n=self.size.training or self.size.steps * self.size.batch,
         )
         self.processes.append(process)
         return process
@@ -314,19 +339,20 @@ def _built(process: Process) -> None:
 
 
 def measure(
-    size: Size,
+    write: Callable[[Path], Size],
+    seed: int,
     rows: list[Row],
     pythons: dict[str, Path],
     threads: int,
     allocator: bool,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """All figures of one size."""
-    lr, seed = 1e-3, 0
+    """All figures of one size, on the tokens that `write` writes."""
+    lr = 1e-3
     with tempfile.TemporaryDirectory(prefix="sae-training-") as name:
         folder = Path(name)
-        progress(f"d {size.d}, c {size.c}, k {size.k}, batch {size.batch}: writing tokens")
-        write_tokens(folder / "tokens", size, seed)
+        progress("writing tokens")
+        size = write(folder / "tokens")
         group = Round(size, folder, pythons, threads)
         try:
             progress("starting all processes")
@@ -499,6 +525,8 @@ def _pythons(environments: Path | None, peers: tuple[str, ...]) -> dict[str, Pat
 @click.option("--install", "install_in", type=click.Path(path_type=Path), help="Make them here.")
 @click.option("--size", "sizes", multiple=True, type=click.Choice(["512", "1536"]))
 @click.option("--steps", type=click.IntRange(2 * TURN), help="Instead of the size's own.")
+@click.option("--store", type=click.Path(path_type=Path), help="Tokens of this activation store.")
+@click.option("--seed", default=0, show_default=True, help="Of the tokens and of all weights.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default="all cores")
 @click.option("--allocator", is_flag=True, help="Also the fastest peer with our malloc settings.")
 def main(
@@ -509,6 +537,8 @@ def main(
     install_in: Path | None,
     sizes: tuple[str, ...],
     steps: int | None,
+    store: Path | None,
+    seed: int,
     threads: int,
     allocator: bool,
 ) -> None:
@@ -519,13 +549,20 @@ def main(
         environments = environments or install_in
     pythons = _pythons(environments, peers)
     report.say(*(f"{key}: {value}" for key, value in about.items()))
+    rows = [row for row in ROWS if row.as_shipped or not quick]
+    names = ["store"] if store else ["quick"] if quick else list(sizes or ("512", "1536"))
     results = {}
-    for name in ["quick"] if quick else sizes or ["512", "1536"]:
-        size = SIZES[name]
-        if steps:
-            size = Size(**asdict(size) | {"steps": steps // TURN * TURN})
-        rows = [row for row in ROWS if row.as_shipped or not quick]
-        results[name] = measure(size, rows, pythons, threads, allocator, report.progress)
+    for name in names:
+
+        def write(path: Path, name: str = name) -> Size:
+            if store:
+                return write_store(path, store, (steps or 304) // TURN * TURN, seed)
+            size = SIZES[name]
+            return write_tokens(
+                path, replace(size, steps=(steps or size.steps) // TURN * TURN), seed
+            )
+
+        results[name] = measure(write, seed, rows, pythons, threads, allocator, report.progress)
         report.say(*lines_of(results[name], rows))
     report.say(*contents(), "")
     about["load_at_end"] = round(os.getloadavg()[0], 2)

@@ -65,23 +65,29 @@ class Ours(Trainer):
     distribution = "patch-retriever"
 
     def __init__(self, settings: Settings, bfloat16: bool = True) -> None:
-        from patch_retriever.sae.architectures import make_architecture
         from patch_retriever.sae.learner import Learner, Weights
         from patch_retriever.sae.memory import keep_freed_memory
 
         keep_freed_memory()
         generator = torch.Generator().manual_seed(settings.seed)
         self.weights = Weights.random(settings.d, settings.c, generator)
-        architecture = make_architecture("topk", settings.k)
-        self.learner = Learner(self.weights, architecture, low_precision=bfloat16)
-        self.lr = settings.lr
+        self.settings, self.bfloat16 = settings, bfloat16
+        self.learner: Learner | None = None
 
     def step(self, x_nd: Tensor) -> None:
         """`Learner.step`, as the training loop calls it."""
-        self.learner.step(x_nd, self.lr)
+        from patch_retriever.sae.architectures import make_architecture
+        from patch_retriever.sae.learner import Learner
+
+        if self.learner is None:
+            self.weights.scale_encoder(x_nd, self.settings.k)
+            architecture = make_architecture("topk", self.settings.k)
+            self.learner = Learner(self.weights, architecture, low_precision=self.bfloat16)
+        self.learner.step(x_nd, self.settings.lr)
 
     def reconstruct(self, x_nd: Tensor) -> tuple[Tensor, Tensor]:
         """The learner's own selection; activations and sum in float32."""
+        assert self.learner
         weights, entries = self.weights, self.learner.select(x_nd)
         u_nc = torch.addmm(weights.b_enc_c, x_nd, weights.W_enc_cd.T)
         codes_nc = torch.zeros_like(u_nc)

@@ -166,6 +166,7 @@ def _learner(settings: SAESettings, x_nd: Tensor, processes: Processes) -> Learn
         raise UserError(f"k {settings.k}: there are {c} concepts only; lower k or raise expansion")
     generator = torch.Generator().manual_seed(settings.seed or 0)
     weights = Weights.random(d, c, generator).to(x_nd.device)
+    weights.scale_encoder(x_nd, settings.k, processes.mean)
     if architecture.learns_threshold:
         pre_activations = PreActivations(x_nd, weights.W_enc_cd, weights.b_enc_c)
         entries = topk_of_batch(pre_activations, settings.k)
