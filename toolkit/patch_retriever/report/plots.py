@@ -1,0 +1,125 @@
+"""Plots by matplotlib, as SVG that follows a page's colours, light or dark, without network."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from patch_retriever.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#123456"
+"""Drawn with this colour, an element takes the page's text colour (`currentColor`)."""
+
+SCALES = Literal["linear", "log", "symlog"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line: values of y at x, with a band from `low` to `high` where there is one."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    control: bool = False
+    """Drawn dashed and grey: what the others have to beat."""
+
+
+def lines(
+    series: Sequence[Series], x: str, y: str, title: str = "", x_scale: SCALES = "linear"
+) -> Figure:
+    """Lines over a common axis, with their bands."""
+    figure, axes = _figure(x, y, title)
+    axes.set_xscale(x_scale)
+    for one in series:
+        style: dict[str, Any] = {"color": "#888888", "linestyle": "--"} if one.control else {}
+        (drawn,) = axes.plot(one.x, one.y, marker="o", markersize=3, label=one.name, **style)
+        if one.low is not None and one.high is not None:
+            axes.fill_between(one.x, one.low, one.high, color=drawn.get_color(), alpha=0.15, lw=0)
+    _legend(axes, len(series))
+    return figure
+
+
+def bars(
+    names: Sequence[str], groups: dict[str, Sequence[float]], y: str, title: str = ""
+) -> Figure:
+    """A cluster of bars for each name, a bar in it for each group."""
+    figure, axes = _figure("", y, title)
+    width = 0.8 / len(groups)
+    for i, (group, values) in enumerate(groups.items()):
+        places = [place + (i - (len(groups) - 1) / 2) * width for place in range(len(names))]
+        axes.bar(places, values, width, label=group)
+    axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 4 else 0, ha="right")
+    _legend(axes, len(groups))
+    return figure
+
+
+def histogram(
+    values: Sequence[float],
+    weights: Sequence[float],
+    x: str,
+    y: str,
+    title: str = "",
+    bins: int = 40,
+) -> Figure:
+    """A weighted histogram over [0, 1]."""
+    figure, axes = _figure(x, y, title)
+    axes.hist(values, bins=bins, range=(0, 1), weights=weights)
+    return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG element for a page: as wide as its place, in the page's text colour.
+
+    The same figure gives the same text.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "patch-retriever", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', text, count=1).replace(
+        ' height="', ' data-height="', 1
+    )
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write an SVG file of its own, dark ink on white."""
+    text = to_svg(figure).replace("currentColor", "#222222").replace("<svg", _ROOT, 1)
+    write_text(path, text)
+
+
+_ROOT = '<?xml version="1.0" encoding="utf-8"?>\n<svg style="background:white"'
+
+
+def _figure(x: str, y: str, title: str) -> tuple[Figure, Axes]:
+    """An empty figure, made without pyplot: no global state, no display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(alpha=0.25)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+    axes.tick_params(colors=INK)
+    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        label.set_color(INK)
+    return figure, axes
+
+
+def _legend(axes: Axes, n: int) -> None:
+    """A legend where there is something to tell apart."""
+    if n > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
