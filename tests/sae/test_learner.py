@@ -556,3 +556,39 @@ def test_a_perfect_reconstruction_leaves_dead_concepts_able_to_learn(strength):
     assert bool(loss.total.isfinite())
     for name, tensor in learner.state().items():
         assert bool(tensor.isfinite().all()), name
+
+
+def first_error(weights, x_nd, k):
+    """Squared error of decoding the k largest pre-activations, densely."""
+    u_nc = x_nd @ weights.W_enc_cd.T + weights.b_enc_c
+    smallest_n1 = u_nc.topk(k, dim=1).values[:, -1:]
+    z_nc = torch.where(u_nc >= smallest_n1, u_nc, 0.0).relu()
+    return float((z_nc @ weights.W_dec_cd - x_nd).square().sum())
+
+
+@given(n=st.integers(1, 30), c=st.integers(1, 40), k=st.integers(1, 6), seed=st.integers(0, 99))
+def test_encoder_begins_at_the_scale_of_least_squares(n, c, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights = Weights.random(5, c, generator)
+    x_nd = torch.randn(n, 5, generator=generator)
+    k = min(k, c)
+    before_cd = weights.W_enc_cd.clone()
+    error = first_error(weights, x_nd, k)
+    weights.scale_encoder(x_nd, k)
+    best = first_error(weights, x_nd, k)
+    assert best <= error * (1 + 1e-5) + 1e-6
+    found_cd = weights.W_enc_cd.clone()
+    for factor in (0.9, 1.1):
+        weights.W_enc_cd.copy_(found_cd * factor)
+        assert first_error(weights, x_nd, k) >= best * (1 - 1e-5)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(found_cd, dim=1),
+        torch.nn.functional.normalize(before_cd, dim=1),
+    )
+
+
+def test_encoder_keeps_its_scale_where_there_is_nothing_to_fit():
+    weights = Weights.random(5, 8, torch.Generator().manual_seed(0))
+    before_cd = weights.W_enc_cd.clone()
+    weights.scale_encoder(torch.zeros(4, 5), 2)
+    assert torch.equal(weights.W_enc_cd, before_cd)

@@ -124,26 +124,19 @@ def test_raw_activations_of_large_mean_and_scale_reconstruct_as_well(trained):
 
 
 def test_dead_concepts_are_revived():
-    source, dead = MemorySource(clustered_tokens()), {}
+    source, dead, fvu = MemorySource(clustered_tokens()), {}, {}
     for aux_weight in (0.0, 0.25):
         seen = []
-        train_saes(
-            source,
-            [
-                replace(
-                    SETTINGS,
-                    expansion=8,
-                    steps=600,
-                    dead_after=20,
-                    k_aux=16,
-                    aux_weight=aux_weight,
-                )
-            ],
-            watch=seen.append,
+        settings = replace(
+            SETTINGS, expansion=8, steps=1500, dead_after=20, k_aux=256, aux_weight=aux_weight
         )
-        dead[aux_weight] = seen[-1].dead[0]
+        (trained,) = train_saes(source, [settings], watch=seen.append)
+        dead[aux_weight], fvu[aux_weight] = seen[-1].dead[0], trained.metrics.fvu
     assert dead[0.0] > 0.1
     assert dead[0.25] < dead[0.0] / 2
+    # a small weight revives fewer, but all that it revives serves the reconstruction
+    (light,) = train_saes(source, [replace(settings, k_aux=16, aux_weight=1 / 32)])
+    assert light.metrics.fvu < 0.95 * fvu[0.0]
 
 
 def test_bf16_selection_is_about_as_good_as_float32(source, trained):
