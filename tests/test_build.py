@@ -167,6 +167,13 @@ np.save(sys.argv[2], np.stack(rows))
 """
 
 
+def test_everything_in_the_folder_can_be_read_by_whom_a_plain_file_can(finished_build, tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    files = [path for path in finished_build.rglob("*") if path.is_file() and path.name != "lock"]
+    assert {path.stat().st_mode for path in files} == {plain.stat().st_mode}
+
+
 def test_export_loads_without_this_package_and_equals_the_live_retriever(finished_build, tmp_path):
     from PIL import Image
 

@@ -191,3 +191,15 @@ def test_values_have_equal_hashes_exactly_when_they_are_the_same_json(one, other
 def test_the_order_of_keys_does_not_change_a_hash_and_the_order_of_a_list_does():
     assert value_hash({"a": 1, "b": 2}) == value_hash({"b": 2, "a": 1})
     assert value_hash([1, 2]) != value_hash([2, 1])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_tensors_have_the_permissions_of_any_other_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "t.safetensors", {"x": torch.zeros(2)})
+        write_text(tmp_path / "t.txt", "x")
+    finally:
+        os.umask(before)
+    for name in ("t.safetensors", "t.txt"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode

@@ -61,10 +61,18 @@ def write_tensors(
     def save(p: Path) -> None:
         try:
             save_file(contiguous, p, metadata)
+            allow_reading(p)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
 
     write(path, save)
+
+
+def allow_reading(path: Path) -> None:
+    """Permissions as a plain `open` gives them; safetensors makes files for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def file_hash(path: Path) -> str:

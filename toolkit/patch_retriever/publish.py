@@ -18,7 +18,7 @@ from patch_retriever.backbones.readout import Readout
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
 from patch_retriever.errors import UserError
-from patch_retriever.files import write, write_json, write_text
+from patch_retriever.files import allow_reading, write, write_json, write_text
 from patch_retriever.golden import check_golden, write_golden
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.export import export_modules
@@ -47,6 +47,8 @@ def export(
     model = SentenceTransformer(modules=modules, device=str(retriever.device))
     try:
         model.save(str(folder), create_model_card=False)
+        for weights in folder.rglob("*.safetensors"):
+            allow_reading(weights)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error})") from None
     items = data.splits["validation"].items
