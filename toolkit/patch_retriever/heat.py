@@ -1,0 +1,134 @@
+"""Heat: how strongly concepts fire on every word and image patch of an item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from patch_retriever.backbones.inputs import (
+    ROLES,
+    TokenRoles,
+    image_grids,
+    item_batches,
+    pooling_weights,
+)
+from patch_retriever.backbones.load import set_readout
+from patch_retriever.backbones.readout import Readout
+from patch_retriever.items import Item
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+    from torch import Tensor
+
+    from patch_retriever.sae.model import SparseAutoencoder
+
+_SHADES = " ░▒▓█"
+
+
+@dataclass(frozen=True)
+class TokenHeat:
+    """The tokens of one item, without padding, and m concepts' activations on them."""
+
+    tokens: list[str]
+    """Decoded, one by one; joined they read as the item."""
+    roles_t: Tensor
+    """uint8, index into `backbones.inputs.ROLES`."""
+    weights_t: Tensor
+    """Weight of each token in the pooled vector: 0 where the readout does not look."""
+    codes_tm: Tensor
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the image tokens."""
+
+    def patches(self, j: int) -> Tensor | None:
+        """Concept j's activations on the image tokens, (h, w); None without an image.
+
+        One row (1, n) where the model's layout of image tokens is not known.
+        """
+        codes_p = self.codes_tm[self.roles_t == ROLES.index("image"), j]
+        if not len(codes_p):
+            return None
+        return codes_p.reshape(self.grid or (1, -1))
+
+    def pooled(self, j: int) -> float:
+        """Concept j's activation in the pooled vector."""
+        return float(self.weights_t @ self.codes_tm[:, j])
+
+    def to_text(self, j: int) -> str:
+        """For a terminal: every word, with concept j's activation where it fires; then the image
+        in shades, the darkest being its largest activation."""
+        words = []
+        for token, role, code in zip(
+            self.tokens, self.roles_t.tolist(), self.codes_tm[:, j].tolist(), strict=True
+        ):
+            if role != ROLES.index("image"):
+                words.append(token.replace("\n", "\\n") + (f"[{code:.3g}]" if code else ""))
+        lines = ["".join(words).strip()]
+        if (codes_hw := self.patches(j)) is not None:
+            largest = float(codes_hw.max())
+            lines.append(f"image, at most {largest:.3g}:" if largest > 0 else "image: nowhere")
+            if largest > 0:
+                level_hw = (codes_hw.clamp(min=0) / largest * (len(_SHADES) - 1)).ceil().int()
+                rows = ("".join(2 * _SHADES[level] for level in row) for row in level_hw.tolist())
+                lines += [f"|{row}|" for row in rows]
+        return "\n".join(lines)
+
+    def to_json(self, j: int) -> dict[str, Any]:
+        """As plain JSON values, for concept j."""
+        patches_hw = self.patches(j)
+        return {
+            "pooled": self.pooled(j),
+            "tokens": self.tokens,
+            "roles": [ROLES[role] for role in self.roles_t.tolist()],
+            "weights": self.weights_t.tolist(),
+            "activations": self.codes_tm[:, j].tolist(),
+            "patches": None if patches_hw is None else patches_hw.tolist(),
+        }
+
+
+def token_heat(
+    transformer: Transformer,
+    readout: Readout,
+    sae: SparseAutoencoder,
+    items: Sequence[Item],
+    concepts: Tensor,
+    batch_size: int = 64,
+) -> list[TokenHeat]:
+    """Activations of the m `concepts` (numbers in the SAE) on every token of every item.
+
+    Of the unpatched model, at the readout's site.
+    """
+    set_readout(transformer, readout)
+    roles_of = TokenRoles(transformer)
+    found: dict[int, TokenHeat] = {}
+    for numbers, features in item_batches(transformer, items, batch_size):
+        with torch.no_grad():
+            tokens_ntd = transformer(dict(features))["token_embeddings"].float()
+        mask_nt = features["attention_mask"].bool()
+        weights_nt = pooling_weights(mask_nt, readout.pooling)
+        roles_nt = roles_of(features)
+        grids = image_grids(transformer.config, features)
+        for row, number in enumerate(numbers):
+            real_t = mask_nt[row]
+            x_td = tokens_ntd[row, real_t].to(sae.W_enc_dc.device)
+            found[number] = TokenHeat(
+                _pieces(transformer.tokenizer, features["input_ids"][row, real_t].tolist()),
+                roles_nt[row, real_t.cpu()],
+                weights_nt[row, real_t].cpu(),
+                sae.encode_some(x_td, concepts.to(x_td.device)).cpu(),
+                grids[row],
+            )
+    return [found[number] for number in range(len(items))]
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Every token as text of its own."""
+    pieces = []
+    for token, raw in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        piece = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # SentencePiece marks the start of a word, which decoding a token alone drops
+        marked = raw.startswith("▁") and not piece.startswith(" ")
+        pieces.append(" " + piece if marked else piece)
+    return pieces
