@@ -12,7 +12,8 @@ import torch
 from handmade import ITEMS, READOUTS, C, make_patches, make_sae
 from patch_retriever.backbones.inputs import ROLES, image_grids
 from patch_retriever.backbones.load import load_backbone
-from patch_retriever.heat import TokenHeat, _pieces, token_heat
+from patch_retriever.backbones.readout import LAST
+from patch_retriever.heat import TokenHeat, _pieces, token_heat, token_influence
 from patch_retriever.sae.model import SparseAutoencoder
 
 IMAGE, TEXT = ROLES.index("image"), ROLES.index("text")
@@ -41,7 +42,6 @@ def test_pooled_by_its_weights_heat_is_the_code_of_the_pooled_vector(made):
     assert int((expected_nm > 0).sum()) > 5
     for heat, expected_m in zip(heats, expected_nm, strict=True):
         assert torch.allclose(heat.weights_t @ heat.codes_tm, expected_m, atol=1e-4)
-        assert heat.pooled(2) == pytest.approx(float(expected_m[2]), abs=1e-4)
         assert float(heat.weights_t.sum()) == pytest.approx(1)
 
 
@@ -95,6 +95,54 @@ def test_heat_is_of_the_readouts_own_prompt(made, random_model):
     transformer = load_backbone(str(random_model))
     for other in READOUTS:
         token_heat(transformer, other, sae, ITEMS[:1], CONCEPTS)
+    assert same(token_heat(transformer, readout, sae, ITEMS[:1], CONCEPTS)[0], heats[0])
+
+
+# influence
+
+
+def left_without(transformer, readout, sae, item, hidden, j):
+    """Concept j in the pooled vector, the decoder called directly with one token's embedding
+    replaced by the mean."""
+    seen = {}
+    decoder = transformer.model.language_model
+    handle = decoder.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        transformer(transformer.preprocess([item.load()]))
+        handle.remove()
+        embeddings_1td = seen["inputs_embeds"].clone()
+        n = embeddings_1td.shape[1]
+        embeddings_1td[0, hidden] = sum(seen["inputs_embeds"][0]) / n
+        out = decoder(inputs_embeds=embeddings_1td, output_hidden_states=True)
+    tokens_td = out.last_hidden_state[0]
+    if readout.site != LAST:
+        tokens_td = out.hidden_states[int(readout.site.removeprefix("layers.")) + 1][0]
+    codes_t = sae.encode(tokens_td)[:, j]
+    if readout.pooling == "mean":
+        return sum(float(code) for t, code in enumerate(codes_t) if t != hidden) / n
+    return 0.0 if hidden == n - 1 else float(codes_t[-1])
+
+
+@pytest.mark.parametrize("number", [1, 4, 8], ids=["text", "image", "both"])
+def test_influence_is_what_the_pooled_activation_loses_without_a_token(made, number):
+    transformer, readout, sae, features, heats = made
+    (found,) = token_influence(transformer, readout, sae, [ITEMS[number]], CONCEPTS, batch_size=7)
+    pooled_m = features.codes.dense()[number, CONCEPTS]
+    n = len(heats[number].tokens)
+    assert found.codes_tm.shape == (n, len(CONCEPTS))
+    assert found.patches(0) is None if number == 1 else found.patches(0).shape == GRID
+    for hidden in (0, 1, 3, n // 2, n - 2, n - 1):
+        for j, concept in enumerate(CONCEPTS.tolist()):
+            left = left_without(transformer, readout, sae, ITEMS[number], hidden, concept)
+            expected = float(pooled_m[j]) - left
+            assert float(found.codes_tm[hidden, j]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_influence_leaves_the_backbone_as_it_was(made):
+    transformer, readout, sae, _, heats = made
+    token_influence(transformer, readout, sae, ITEMS[:1], CONCEPTS)
     assert same(token_heat(transformer, readout, sae, ITEMS[:1], CONCEPTS)[0], heats[0])
 
 
@@ -175,7 +223,7 @@ def test_words_of_sentencepiece_keep_their_spaces():
 def test_as_text_words_have_their_activations_and_images_are_shaded():
     tokens = ["<u>", "<i>", "<i>", "<i>", "<i>", " red", " star", "\nsay"]
     roles_t = torch.tensor([3, *[IMAGE] * 4, TEXT, TEXT, 2], dtype=torch.uint8)
-    codes_t = torch.tensor([0, 0, 0.5, 1, 2, 1.25, 0, 0.125])
+    codes_t = torch.tensor([0.0625, 0, 0.5, 1, 2, 1.25, 0, 0.125])  # the first is too little
     heat = TokenHeat(tokens, roles_t, torch.zeros(8), codes_t[:, None], (2, 2))
     assert heat.to_text(0).splitlines() == [
         "<u> red[1.25] star\\nsay[0.125]",
@@ -190,7 +238,7 @@ def test_as_json_it_holds_everything(made):
     values = json.loads(json.dumps(heat.to_json(1)))
     assert values["tokens"] == heat.tokens
     assert values["roles"][0] == "special"
-    assert values["activations"] == pytest.approx(heat.codes_tm[:, 1].tolist())
+    assert values["values"] == pytest.approx(heat.codes_tm[:, 1].tolist())
     assert [len(row) for row in values["patches"]] == [GRID[1]] * GRID[0]
     assert made[-1][0].to_json(0)["patches"] is None
 

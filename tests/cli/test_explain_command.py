@@ -13,7 +13,7 @@ from commands import error_line, invoke
 from handmade import Drawn, make_sae
 from patch_retriever import PatchedRetriever
 from patch_retriever.backbones.readout import Readout
-from patch_retriever.heat import token_heat
+from patch_retriever.heat import token_heat, token_influence
 from patch_retriever.items import Item
 from patch_retriever.sae.formats import save_sae
 
@@ -79,26 +79,24 @@ def test_as_json_it_is_what_python_gives(finished_build, star, both):
     assert len(values["concepts"]) == len(expected["concepts"])
 
 
-def test_heat_shows_words_and_patches(finished_build, star):
+@pytest.mark.parametrize("read", [token_heat, token_influence])
+def test_heat_and_influence_are_shown_on_both_items(finished_build, star, read):
+    name = read.__name__.removeprefix("token_")
     retriever = PatchedRetriever.from_folder(finished_build)
     readout = Readout.from_json(retriever.patch.about["readout"])
     found = retriever.explain("a red star", Drawn(2).open())
     concept = next(part.concept for part in found.concepts if part.query and part.document)
-    text = shown(finished_build, "a red star", star, "--heat", concept)
-    query, document = text.split(f"\nconcept {concept} on the ")[1:]
-    assert query.startswith("query, ")
-    assert document.startswith("document, ")
-    assert query.count("|\n") == 0
-    assert document.count("|\n") in (0, 6)  # it may fire on no patch at all
-    values = json.loads(shown(finished_build, "a red star", star, "--heat", concept, "--json"))
-    assert values["heat"]["concept"] == concept
+    asked = (finished_build, "a red star", star, f"--{name}", concept)
     items = [Item("a red star"), Item.parse(str(star))]
-    heats = token_heat(retriever[0], readout, retriever.sae, items, torch.tensor([concept]))
-    for side, heat in zip(("query", "document"), heats, strict=True):
-        assert values["heat"][side]["tokens"] == heat.tokens
-        assert values["heat"][side]["activations"] == pytest.approx(
-            heat.codes_tm[:, 0].tolist(), abs=1e-4
-        )
+    heats = read(retriever[0], readout, retriever.sae, items, torch.tensor([concept]))
+    shown_heats = shown(*asked).split(f"\n{name} of concept {concept}, ")[1:]
+    values = json.loads(shown(*asked, "--json"))[name]
+    assert values["concept"] == concept
+    for i, side in enumerate(("query", "document")):
+        assert values[side]["tokens"] == heats[i].tokens
+        expected = heats[i].codes_tm[:, 0].tolist()
+        assert values[side]["values"] == pytest.approx(expected, abs=1e-4)
+        assert shown_heats[i].strip() == f"{side}\n{heats[i].to_text(0)}"
 
 
 def test_an_sae_can_be_named_where_the_folder_has_none(bare, finished_build, star):

@@ -1,19 +1,22 @@
-"""Heat: how strongly concepts fire on every word and image patch of an item."""
+"""Heat: how strongly concepts fire on every word and image patch of an item, and which words and
+patches make them fire in the pooled vector."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from patch_retriever.backbones.families import decoder_path
 from patch_retriever.backbones.inputs import (
     ROLES,
     TokenRoles,
     image_grids,
     item_batches,
     pooling_weights,
+    preprocessed,
 )
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.readout import Readout
@@ -21,7 +24,7 @@ from patch_retriever.items import Item
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from patch_retriever.sae.model import SparseAutoencoder
 
@@ -30,7 +33,8 @@ _SHADES = " ░▒▓█"
 
 @dataclass(frozen=True)
 class TokenHeat:
-    """The tokens of one item, without padding, and m concepts' activations on them."""
+    """The tokens of one item, without padding, and m concepts' activations on them (or, from
+    `token_influence`, the tokens' influence on m concepts)."""
 
     tokens: list[str]
     """Decoded, one by one; joined they read as the item."""
@@ -39,6 +43,7 @@ class TokenHeat:
     weights_t: Tensor
     """Weight of each token in the pooled vector: 0 where the readout does not look."""
     codes_tm: Tensor
+    """A row a token, a column a concept, in the order asked for."""
     grid: tuple[int, int] | None = None
     """Rows and columns of the image tokens."""
 
@@ -52,19 +57,19 @@ class TokenHeat:
             return None
         return codes_p.reshape(self.grid or (1, -1))
 
-    def pooled(self, j: int) -> float:
-        """Concept j's activation in the pooled vector."""
-        return float(self.weights_t @ self.codes_tm[:, j])
-
     def to_text(self, j: int) -> str:
-        """For a terminal: every word, with concept j's activation where it fires; then the image
-        in shades, the darkest being its largest activation."""
+        """For a terminal: every word, with concept j's value where it is at least a twentieth of
+        the largest; then the image in shades of what is positive."""
+        least = float(self.codes_tm[:, j].abs().max()) / 20
         words = []
         for token, role, code in zip(
             self.tokens, self.roles_t.tolist(), self.codes_tm[:, j].tolist(), strict=True
         ):
             if role != ROLES.index("image"):
-                words.append(token.replace("\n", "\\n") + (f"[{code:.3g}]" if code else ""))
+                words.append(
+                    token.replace("\n", "\\n")
+                    + (f"[{code:.3g}]" if code and abs(code) >= least else "")
+                )
         lines = ["".join(words).strip()]
         if (codes_hw := self.patches(j)) is not None:
             largest = float(codes_hw.max())
@@ -79,11 +84,10 @@ class TokenHeat:
         """As plain JSON values, for concept j."""
         patches_hw = self.patches(j)
         return {
-            "pooled": self.pooled(j),
             "tokens": self.tokens,
             "roles": [ROLES[role] for role in self.roles_t.tolist()],
             "weights": self.weights_t.tolist(),
-            "activations": self.codes_tm[:, j].tolist(),
+            "values": self.codes_tm[:, j].tolist(),
             "patches": None if patches_hw is None else patches_hw.tolist(),
         }
 
@@ -121,6 +125,56 @@ def token_heat(
                 grids[row],
             )
     return [found[number] for number in range(len(items))]
+
+
+def token_influence(
+    transformer: Transformer,
+    readout: Readout,
+    sae: SparseAutoencoder,
+    items: Sequence[Item],
+    concepts: Tensor,
+    batch_size: int = 64,
+) -> list[TokenHeat]:
+    """What each concept's activation in the pooled vector loses when one token is hidden.
+
+    A token is hidden, one at a time, by giving it the mean of the item's token embeddings before
+    the first decoder layer; what it had itself in the pooled vector counts as lost, too. Under a
+    last-token readout the concepts of an embedding fire on the last token and often nowhere else:
+    this says which words and patches made them fire. Costs a forward pass for every token.
+    """
+    heats = token_heat(transformer, readout, sae, items, concepts, batch_size)
+    decoder = transformer.model.get_submodule(decoder_path(transformer.model))
+    found = []
+    for item, heat in zip(items, heats, strict=True):
+        loaded, left = item.load(), []
+        for hidden_b in torch.arange(len(heat.tokens)).split(batch_size):
+            features = preprocessed(transformer, [loaded] * len(hidden_b))
+            handle = decoder.register_forward_pre_hook(_hiding(hidden_b), with_kwargs=True)
+            try:
+                with torch.no_grad():
+                    tokens_btd = transformer(features)["token_embeddings"].float()
+            finally:
+                handle.remove()
+            x_nd = tokens_btd.flatten(0, 1).to(sae.W_enc_dc.device)
+            codes_nm = sae.encode_some(x_nd, concepts.to(x_nd.device)).cpu()
+            codes_btm = codes_nm.unflatten(0, tokens_btd.shape[:2])
+            weights_bt = heat.weights_t.repeat(len(hidden_b), 1)
+            weights_bt[torch.arange(len(hidden_b)), hidden_b] = 0
+            left.append(torch.einsum("bt,btm->bm", weights_bt, codes_btm))
+        found.append(replace(heat, codes_tm=heat.weights_t @ heat.codes_tm - torch.cat(left)))
+    return found
+
+
+def _hiding(hidden_b: Tensor) -> Callable[[nn.Module, Any, dict[str, Any]], tuple[Any, Any]]:
+    """A hook that hides token `hidden_b[b]` of row b from the decoder layers."""
+
+    def hide(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        embeddings_btd = kwargs["inputs_embeds"].clone()
+        rows_b = torch.arange(len(hidden_b))
+        embeddings_btd[rows_b, hidden_b] = kwargs["inputs_embeds"].mean(1)
+        return args, {**kwargs, "inputs_embeds": embeddings_btd}
+
+    return hide
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -25,15 +25,17 @@ def item_batches(
     transformer: Transformer, items: Sequence[Item], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """(item numbers, preprocessed features on the model's device), similar lengths together."""
-    device = next(transformer.parameters()).device
     order = sorted(range(len(items)), key=lambda i: (items[i].kind, len(items[i].text or "")))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        features = transformer.preprocess([items[i].load() for i in numbers])
-        yield (
-            numbers,
-            {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()},
-        )
+        yield numbers, preprocessed(transformer, [items[i].load() for i in numbers])
+
+
+def preprocessed(transformer: Transformer, loaded: list[Any]) -> dict[str, Any]:
+    """One batch of loaded items as features on the model's device."""
+    device = next(transformer.parameters()).device
+    features = transformer.preprocess(loaded)
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
 
 
 class TokenRoles:

@@ -33,6 +33,12 @@ from patch_retriever.cli import options
     metavar="CONCEPT",
     help="Show on which words and image patches this concept fires.",
 )
+@click.option(
+    "--influence",
+    type=click.IntRange(0),
+    metavar="CONCEPT",
+    help="Show what this concept's activation loses without each word and image patch.",
+)
 @options.device
 @options.as_json
 def explain(
@@ -42,6 +48,7 @@ def explain(
     sae: str | None,
     top: int,
     heat: int | None,
+    influence: int | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -53,7 +60,7 @@ def explain(
     \b
     patch-retriever explain demo "a red star" star.png
     patch-retriever explain demo "star.png + make it blue" blue.png --top 20
-    patch-retriever explain demo "a red star" star.png --heat 812
+    patch-retriever explain demo "a red star" star.png --influence 812
     """
     import torch
 
@@ -61,7 +68,7 @@ def explain(
     from patch_retriever.cli.progress import quiet_libraries
     from patch_retriever.errors import UserError
     from patch_retriever.explain import concept_labels
-    from patch_retriever.heat import token_heat
+    from patch_retriever.heat import token_heat, token_influence
     from patch_retriever.items import Item
     from patch_retriever.retriever import PatchedRetriever
 
@@ -69,25 +76,36 @@ def explain(
     items = [Item.parse(query), Item.parse(candidate)]
     loaded = [item.load() for item in items]  # a bad picture is said before any work
     retriever = PatchedRetriever.from_folder(model, device, sae)
-    if heat is not None and heat >= retriever.sae.n_concepts:
-        raise UserError(f"concept {heat}: the SAE has {retriever.sae.n_concepts}, counted from 0")
+    asked = [
+        (name, concept, read)
+        for name, concept, read in (
+            ("heat", heat, token_heat),
+            ("influence", influence, token_influence),
+        )
+        if concept is not None
+    ]
+    for _, concept, _ in asked:
+        if concept >= retriever.sae.n_concepts:
+            raise UserError(
+                f"concept {concept}: the SAE has {retriever.sae.n_concepts}, counted from 0"
+            )
     explanation = retriever.explain(*loaded)
-    heats = {}
-    if heat is not None:
-        readout = Readout.from_json(retriever.patch.about["readout"])
-        transformer: Any = retriever[0]
-        found = token_heat(transformer, readout, retriever.sae, items, torch.tensor([heat]))
-        heats = dict(zip(("query", "document"), found, strict=True))
+    readout = Readout.from_json(retriever.patch.about["readout"])
+    transformer: Any = retriever[0]
+    on_tokens = {
+        name: (concept, read(transformer, readout, retriever.sae, items, torch.tensor([concept])))
+        for name, concept, read in asked
+    }
     if as_json:
         values = explanation.to_json()
-        if heat is not None:
-            on_tokens = {side: tokens.to_json(0) for side, tokens in heats.items()}
-            values["heat"] = {"concept": heat, **on_tokens}
+        for name, (concept, sides) in on_tokens.items():
+            query_json, document_json = (side.to_json(0) for side in sides)
+            values[name] = {"concept": concept, "query": query_json, "document": document_json}
         click.echo(json.dumps(values, indent=1))
         return
     before, after = explanation.score.before, explanation.score.after
     click.echo(f"similarity {before:.4f} -> {after:.4f}\n")
     click.echo(explanation.to_text(top, concept_labels(model) if sae is None else None))
-    for side, tokens in heats.items():
-        click.echo(f"\nconcept {heat} on the {side}, {tokens.pooled(0):.3g} in its pooled vector")
-        click.echo(tokens.to_text(0))
+    for name, (concept, sides) in on_tokens.items():
+        for side, tokens in zip(("query", "document"), sides, strict=True):
+            click.echo(f"\n{name} of concept {concept}, {side}\n{tokens.to_text(0)}")
