@@ -125,17 +125,25 @@ def left_without(transformer, readout, sae, item, hidden, j):
     return 0.0 if hidden == n - 1 else float(codes_t[-1])
 
 
+@pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: readout.name)
 @pytest.mark.parametrize("number", [1, 4, 8], ids=["text", "image", "both"])
-def test_influence_is_what_the_pooled_activation_loses_without_a_token(made, number):
-    transformer, readout, sae, features, heats = made
-    (found,) = token_influence(transformer, readout, sae, [ITEMS[number]], CONCEPTS, batch_size=7)
-    pooled_m = features.codes.dense()[number, CONCEPTS]
-    n = len(heats[number].tokens)
+def test_influence_is_what_the_pooled_activation_loses_without_a_token(
+    readout, number, random_model
+):
+    transformer, sae, item = load_backbone(str(random_model)), make_sae(0.1), ITEMS[number]
+    for layer in transformer.model.language_model.layers:  # random tokens hardly see each other
+        layer.self_attn.v_proj.weight.mul_(20)
+        layer.self_attn.o_proj.weight.mul_(20)
+    (heat,) = token_heat(transformer, readout, sae, [item], CONCEPTS)
+    (found,) = token_influence(transformer, readout, sae, [item], CONCEPTS, batch_size=7)
+    n = len(heat.tokens)
     assert found.codes_tm.shape == (n, len(CONCEPTS))
     assert found.patches(0) is None if number == 1 else found.patches(0).shape == GRID
+    assert float(found.codes_tm[:-1].abs().max()) > 0.01
+    pooled_m = heat.weights_t @ heat.codes_tm
     for hidden in (0, 1, 3, n // 2, n - 2, n - 1):
         for j, concept in enumerate(CONCEPTS.tolist()):
-            left = left_without(transformer, readout, sae, ITEMS[number], hidden, concept)
+            left = left_without(transformer, readout, sae, item, hidden, concept)
             expected = float(pooled_m[j]) - left
             assert float(found.codes_tm[hidden, j]) == pytest.approx(expected, abs=1e-4)
 

@@ -75,7 +75,7 @@ class TokenHeat:
             largest = float(codes_hw.max())
             lines.append(f"image, at most {largest:.3g}:" if largest > 0 else "image: nowhere")
             if largest > 0:
-                level_hw = (codes_hw.clamp(min=0) / largest * (len(_SHADES) - 1)).ceil().int()
+                level_hw = (codes_hw.clamp(min=0) / largest * (len(_SHADES) - 1)).round().int()
                 rows = ("".join(2 * _SHADES[level] for level in row) for row in level_hw.tolist())
                 lines += [f"|{row}|" for row in rows]
         return "\n".join(lines)
