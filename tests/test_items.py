@@ -270,3 +270,43 @@ def test_a_picture_is_opened_only_when_it_is_loaded(tmp_path):
     assert item.kind == "image"
     with pytest.raises(UserError, match=r"gone\.png: no such image file"):
         item.load()
+
+
+# items as words of a command
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "a + b.png"  # a name that looks like a picture and a text
+    Image.new("RGB", (8, 8)).save(path)
+    return path
+
+
+def test_a_file_is_a_picture(photo):
+    item = Item.parse(str(photo))
+    assert (item.text, item.picture.path) == (None, photo)
+
+
+def test_what_follows_the_plus_is_the_text(photo):
+    for path in (photo, photo.with_name("gone.png")):
+        item = Item.parse(f"{path} + and in blue + red.png")
+        assert (item.text, item.picture.path) == ("and in blue + red.png", path)
+
+
+def test_a_picture_that_is_missing_is_still_a_picture(tmp_path):
+    for said in ("gone.JPG", "gone.JPG + in blue"):
+        item = Item.parse(f"{tmp_path}/{said}")
+        assert item.picture.path == tmp_path / "gone.JPG"
+        with pytest.raises(UserError, match="no such image file"):
+            item.load()
+
+
+@pytest.mark.parametrize("said", ["a cat + a dog", "x" * 5000, "a\0b", "a red star.", " + "])
+def test_all_else_is_a_text(said):
+    assert Item.parse(said) == Item(said)
+
+
+@pytest.mark.parametrize("said", ["", "  "])
+def test_nothing_is_no_item(said):
+    with pytest.raises(UserError, match="empty"):
+        Item.parse(said)

@@ -8,51 +8,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from handmade import (
+    INPUTS,
+    ITEMS,
+    KINDS_N,
+    PATCHES,
+    READOUTS,
+    TEXTS,
+    WIDTH,
+    C,
+    Drawn,
+    live,
+    make_patches,
+)
 from patch_retriever import PatchedRetriever
 from patch_retriever.activations.collect import collect_features
 from patch_retriever.backbones.load import load_backbone, with_readout
-from patch_retriever.backbones.readout import LAST, ONE_WORD, PAPER, Readout
+from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.errors import UserError
-from patch_retriever.items import KINDS, Item
-from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.export import export_modules
-from patch_retriever.patch.operators import GROUPS, Affine, Subtract
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.sae.model import SparseAutoencoder
 
-WIDTH, C = 32, 64
-READOUTS = (
-    Readout(PAPER),
-    Readout(ONE_WORD, LAST, "lasttoken"),
-    Readout(PAPER, "layers.1", "mean"),
-)
-PATCHES = ("nothing", "subtract", "by all", "by role", "by modality", "everything")
-
-
-class Drawn:
-    """A picture with two colours."""
-
-    def __init__(self, i):
-        self.name, self.i = f"picture {i}", i
-
-    def open(self):
-        picture = Image.new("RGB", (72, 72), (40 * self.i % 256, 200 - 20 * self.i, 90))
-        picture.paste((250, 250, 30), (5 * self.i, 8, 5 * self.i + 20, 40))
-        return picture
-
-
-TEXTS = ("a cat", "two small cats on a grey mat", "no", "seven dogs behind a fence, far away")
-ITEMS = (
-    *(Item(text) for text in TEXTS),
-    *(Item(picture=Drawn(i)) for i in range(4)),
-    *(Item(text, Drawn(4 + i)) for i, text in enumerate(TEXTS)),
-)
-INPUTS = [item.load() for item in ITEMS]
-KINDS_N = torch.tensor([KINDS.index(item.kind) for item in ITEMS])
 RAW_INPUTS = {
     "text": list(TEXTS),
     "image": [Drawn(i).open() for i in range(3)],
@@ -60,28 +39,6 @@ RAW_INPUTS = {
     "both, the other order": [{"image": Drawn(i).open(), "text": t} for i, t in enumerate(TEXTS)],
     "mixed": ["a cat", Drawn(1).open(), {"text": "no", "image": Drawn(2).open()}, "two cats", "no"],
 }
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_sae(spread):
-    """An SAE for activations of such a spread."""
-    rows_cd = torch.nn.functional.normalize(normal(C, WIDTH), dim=1)
-    return SparseAutoencoder(
-        rows_cd.T.contiguous(),
-        torch.zeros(C),
-        rows_cd,
-        torch.zeros(WIDTH),
-        spread * (0.5 + normal(C, seed=1).abs()),
-    )
-
-
-def make_map(by, spread, seed):
-    g = len(GROUPS[by])
-    weight_gde = torch.eye(WIDTH) + 0.5 * normal(g, WIDTH, WIDTH, seed=seed) / WIDTH**0.5
-    return Affine(f"map {by}", by, weight_gde, 0.1 * spread * normal(g, WIDTH, seed=seed + 10))
 
 
 @pytest.fixture(scope="module")
@@ -93,31 +50,8 @@ def model_folder(random_model):
 def made(request, model_folder):
     """A readout, the features of the items under it, and patches made by hand for it."""
     readout = request.param
-    transformer = load_backbone(model_folder)
-    spread = float(
-        collect_features(transformer, ITEMS, readout, make_sae(1.0), KINDS_N).pooled_nd.std()
-    )
-    sae = make_sae(spread)
-    features = collect_features(transformer, ITEMS, readout, sae, KINDS_N)
-    gate = fit.fit_gate(features.mean_nd, KINDS_N)
-    subtract = Subtract.from_sae(sae, normal(C, seed=2).clamp(0, 1))
-    groups = [(kind == KINDS_N).nonzero()[:, 0] for kind in range(3)]
-    centring = fit.centre(features.pooled_nd, groups, "modality")
-    role, every = make_map("role", spread, 3), make_map("all", spread, 4)
-    about = {"readout": readout.to_json()}
-    patches = {
-        "nothing": Patch(readout.site, about=about),
-        "subtract": Patch(readout.site, subtract, (), gate, about),
-        "by all": Patch(readout.site, None, (every,), gate, about),
-        "by role": Patch(readout.site, subtract, (role,), None, about),
-        "by modality": Patch(readout.site, None, (centring,), gate, about),
-        "everything": Patch(readout.site, subtract, (centring, role, every), gate, about),
-    }
+    _, features, patches = make_patches(model_folder, readout)
     return readout, features, patches
-
-
-def live(model_folder, readout, patch):
-    return PatchedRetriever(with_readout(load_backbone(model_folder), readout), patch)
 
 
 def encode_as(model, role, inputs=INPUTS, **options):

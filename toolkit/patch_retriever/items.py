@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Kind = Literal["text", "image", "both"]
 KINDS: tuple[Kind, ...] = ("text", "image", "both")
 """What an item holds; a kind's number everywhere is its index here."""
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Picture(Protocol):
@@ -73,6 +74,24 @@ class Item:
         if self.text is None and self.picture is None:
             raise ValueError("an item needs a text, a picture or both")
 
+    @classmethod
+    def parse(cls, said: str) -> Item:
+        """An item as one word of a command: a picture's path, `photo.jpg + a text`, or a text.
+
+        What exists as a file or ends like a picture's name is a picture.
+
+        Raises:
+            UserError: it is empty.
+        """
+        if not said.strip():
+            raise UserError("an empty item; give a text, a picture's path, or 'photo.jpg + a text'")
+        words = said.split(" + ")
+        for n in range(1, len(words) + 1):  # a picture's name may hold a plus, too
+            path, text = " + ".join(words[:n]), " + ".join(words[n:])
+            if _is_file(path) or path.lower().endswith(PICTURE_SUFFIXES):
+                return cls(text.strip() or None, PictureFile(Path(path)))
+        return cls(said)
+
     @property
     def kind(self) -> Kind:
         """`text`, `image` or `both`."""
@@ -101,3 +120,10 @@ class Item:
     def _parts(self) -> dict[str, Any]:
         picture = None if self.picture is None else self.picture.open()
         return {"image": picture, "text": self.text}
+
+
+def _is_file(said: str) -> bool:
+    try:
+        return Path(said).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null byte
+        return False

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
 
 from patch_retriever.backbones.inputs import pool, pooling_weights
 from patch_retriever.backbones.load import load_backbone, with_readout
-from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.backbones.readout import LAST, PoolingMode, Readout
 from patch_retriever.errors import UserError
+from patch_retriever.explain import Explanation, check_sae, explain_pair, pool_item
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.operators import apply_maps
 from patch_retriever.probe import Probe
+from patch_retriever.sae.formats import load_sae
+from patch_retriever.sae.model import SparseAutoencoder
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
     from torch import Tensor
 
 
@@ -30,22 +34,38 @@ class PatchedRetriever(SentenceTransformer):
     - `patch=False` runs the backbone as it is;
     - `keep_concepts=[...]` leaves those concepts (numbers in the SAE) in.
 
+    `explain` takes one similarity apart. For that it needs the whole SAE that the patch was made
+    with, as `sae`: the SAE, or its folder or hub id, which is read when it is first needed.
+
     For research and checks; what is served is the exported folder, which needs no nnsight. One
     process and thread per live model (nnsight is not thread-safe).
 
         retriever = PatchedRetriever.from_folder("my-patched-retriever")
         before, after = retriever.encode(x, patch=False), retriever.encode(x)
+        print(retriever.explain("a red star", Image.open("star.png")).to_text())
     """
 
-    def __init__(self, backbone: SentenceTransformer, patch: Patch) -> None:
+    def __init__(
+        self,
+        backbone: SentenceTransformer,
+        patch: Patch,
+        sae: SparseAutoencoder | Path | str | None = None,
+    ) -> None:
         super().__init__(modules=list(backbone), device=str(backbone.device))
         self.patch = patch
-        # not a child module: an nn.Sequential would run it
+        # not child modules: an nn.Sequential would run them
         self.__dict__["_probe"] = Probe(cast("Transformer", self[0]), self[1])
+        self.__dict__["_sae"] = sae
+        if isinstance(sae, SparseAutoencoder):
+            self._check(sae, "the SAE")
 
     @classmethod
-    def from_folder(cls, folder: Path | str, device: str = "cpu") -> PatchedRetriever:
+    def from_folder(
+        cls, folder: Path | str, device: str = "cpu", sae: Path | str | None = None
+    ) -> PatchedRetriever:
         """The live twin of an exported folder: its backbone and readout, its patch live.
+
+        The SAE is the one in the folder's `run/sae`, if it is there, unless `sae` names another.
 
         Raises:
             UserError: the folder was not written by patch-retriever.
@@ -54,7 +74,10 @@ class PatchedRetriever(SentenceTransformer):
         if "readout" not in patch.about:
             raise UserError(f"{folder}: its patch does not say which readout it belongs to")
         readout = Readout.from_json(patch.about["readout"])
-        return cls(with_readout(load_backbone(str(folder), device=device), readout), patch)
+        built = Path(folder) / "run" / "sae"
+        if sae is None and built.is_dir():
+            sae = built
+        return cls(with_readout(load_backbone(str(folder), device=device), readout), patch, sae)
 
     def get_model_kwargs(self) -> list[str]:
         """The arguments of `encode` that reach the forward pass."""
@@ -93,3 +116,51 @@ class PatchedRetriever(SentenceTransformer):
         probe: Probe = self.__dict__["_probe"]
         out = probe.run(input, {LAST: subtract_tokens, "pooled": correct})
         return self[2](out)
+
+    @property
+    def sae(self) -> SparseAutoencoder:
+        """The whole SAE that the patch was made with, on the CPU.
+
+        Raises:
+            UserError: none is known, it cannot be read, or it is another one.
+        """
+        sae = self.__dict__["_sae"]
+        if sae is None:
+            raise UserError(
+                "an explanation needs the whole SAE, and a patch holds only rows of it; name the "
+                "SAE's folder or hub id (--sae, or sae= in Python): a build leaves it in run/sae"
+            )
+        if not isinstance(sae, SparseAutoencoder):
+            loaded = load_sae(sae)
+            self._check(loaded, str(sae))
+            self.__dict__["_sae"] = sae = loaded
+        return sae
+
+    def _check(self, sae: SparseAutoencoder, source: str) -> None:
+        width = cast("Transformer", self[0]).get_embedding_dimension()
+        check_sae(sae, self.patch, width, source)
+
+    def explain(self, a: Any, b: Any) -> Explanation:
+        """The similarity of the query `a` and the document `b`, before and after the patch, as a
+        sum over concepts, geometry and residual.
+
+        Args:
+            a: a query as `encode_query` takes it: a text, a picture, or `{"image", "text"}`.
+            b: a document as `encode_document` takes it.
+
+        Raises:
+            UserError: there is no SAE, or not the patch's, or the pooling is not linear.
+        """
+        sae, pooling = self.sae, cast("Pooling", self[1]).pooling_mode
+        if pooling not in get_args(PoolingMode):
+            raise UserError(
+                f"a similarity under {pooling} pooling is no sum of parts; use the mean"
+            )
+        items = []
+        for encode, item in ((self.encode_query, a), (self.encode_document, b)):
+            encoded: Any = encode([item], patch=False, output_value=None, show_progress_bar=False)
+            tokens_td, mask_t = (
+                encoded[0][k].cpu() for k in ("token_embeddings", "attention_mask")
+            )
+            items.append(pool_item(tokens_td, mask_t, cast("PoolingMode", pooling), sae))
+        return explain_pair(self.patch, sae, *items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +25,17 @@ def item_batches(
     transformer: Transformer, items: Sequence[Item], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """(item numbers, preprocessed features on the model's device), similar lengths together."""
-    device = next(transformer.parameters()).device
     order = sorted(range(len(items)), key=lambda i: (items[i].kind, len(items[i].text or "")))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        features = transformer.preprocess([items[i].load() for i in numbers])
-        yield (
-            numbers,
-            {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()},
-        )
+        yield numbers, preprocessed(transformer, [items[i].load() for i in numbers])
+
+
+def preprocessed(transformer: Transformer, loaded: list[Any]) -> dict[str, Any]:
+    """One batch of loaded items as features on the model's device."""
+    device = next(transformer.parameters()).device
+    features = transformer.preprocess(loaded)
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
 
 
 class TokenRoles:
@@ -89,6 +92,33 @@ def _ids(transformer: Transformer, text: str | None, has_image: bool) -> list[in
     rendered = transformer.processor.apply_chat_template(messages, tokenize=False)
     tokenizer: Any = transformer.tokenizer
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def image_grids(config: Any, features: dict[str, Any]) -> list[tuple[int, int] | None]:
+    """Rows and columns of every item's image tokens; None for an item without an image.
+
+    Qwen-VL says them (`image_grid_thw`, before its merger). Where every picture becomes a square
+    number of tokens in one run, they are its patches row by row. Other layouts (tiles, ends of
+    lines) are not known: one row.
+    """
+    image_nt = features["input_ids"].cpu() == image_token_id(config)
+    said = iter(features["image_grid_thw"].tolist()) if "image_grid_thw" in features else None
+    grids: list[tuple[int, int] | None] = []
+    for image_t in image_nt:
+        position_p = image_t.nonzero()[:, 0]
+        n = len(position_p)
+        if n == 0:
+            grids.append(None)
+            continue
+        rows, columns = isqrt(n), isqrt(n)
+        if said is not None:
+            merged = config.vision_config.spatial_merge_size
+            rows, columns = (length // merged for length in next(said)[1:])
+        in_one_run = int(position_p[-1] - position_p[0]) == n - 1
+        of_one_size = "image_sizes" not in features  # LLaVA-NeXT: ends of lines among them
+        known = rows * columns == n and in_one_run and of_one_size
+        grids.append((rows, columns) if known else (1, n))
+    return grids
 
 
 def pooling_weights(mask_nt: Tensor, pooling: PoolingMode) -> Tensor:

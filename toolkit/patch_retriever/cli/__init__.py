@@ -13,6 +13,7 @@ from patch_retriever.cli.convert_sae import convert_sae
 from patch_retriever.cli.doctor import doctor
 from patch_retriever.cli.encode import encode
 from patch_retriever.cli.evaluate import evaluate
+from patch_retriever.cli.explain import explain
 from patch_retriever.cli.info import info
 from patch_retriever.cli.train_sae import train_sae
 from patch_retriever.errors import UserError
@@ -47,8 +48,9 @@ def main() -> None:
     patch-retriever info my-retriever                 what was done, and the table
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
+    patch-retriever explain demo "a red star" a.png   one similarity, part by part
     """
 
 
-for command in (build, train_sae, convert_sae, evaluate, encode, info, doctor):
+for command in (build, train_sae, convert_sae, evaluate, encode, explain, info, doctor):
     main.add_command(command)

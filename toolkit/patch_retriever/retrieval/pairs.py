@@ -11,13 +11,12 @@ from pathlib import Path
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash
-from patch_retriever.items import Item, PictureFile
+from patch_retriever.items import PICTURE_SUFFIXES, Item, PictureFile
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.retrieval.tasks import Collection, Task
 
 MIN_PAIRS = 50
 SHARES = {"calibration": 0.5, "validation": 0.2, "test": 0.3}
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,9 @@ def _rows(source: Path) -> Iterator[tuple[str, Path | None, str | UserError | No
         tables = [source / name for name in ("pairs.jsonl", "metadata.jsonl")]
         found = [table for table in tables if table.is_file()]
         if not found:
-            for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in _PICTURES):
+            for path in sorted(
+                p for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES
+            ):
                 text = path.with_suffix(".txt")
                 said: str | UserError | None
                 try:

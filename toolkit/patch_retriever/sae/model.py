@@ -64,6 +64,13 @@ class SparseAutoencoder(nn.Module):
         values_nk, concepts_nk = u_nc.topk(self.k, dim=1)
         return torch.zeros_like(u_nc).scatter_(1, concepts_nk, values_nk.relu())
 
+    def encode_some(self, x_nd: Tensor, concepts_m: Tensor) -> Tensor:
+        """Codes (n, m) of some concepts alone; a TopK gate has to see all of them."""
+        if self.k is not None:
+            return self.encode(x_nd)[:, concepts_m]
+        u_nm = torch.addmm(self.b_enc_c[concepts_m], x_nd, self.W_enc_dc[:, concepts_m])
+        return torch.where(u_nm > self.threshold_c[concepts_m], u_nm, 0.0)
+
     def codes(self, x_nd: Tensor) -> Codes:
         """Codes (n, c) of activations (n, d), sparse; dense for some tokens at a time only."""
         tokens = max(1, CHUNK_CODES // self.n_concepts)
