@@ -16,7 +16,7 @@ from patch_retriever.progress import Say
 MARKER = "patch-retriever.json"
 """The file that says that a folder was made by `build`; it holds the resolved settings."""
 DONE = "done.json"
-_FORMAT = 2
+_FORMAT = 3
 """Raised when a stage's files change meaning, so that old results are built again."""
 
 

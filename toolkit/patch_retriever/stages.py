@@ -6,7 +6,6 @@ They can be called alone; `build` is all of them in their order.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from patch_retriever.files import write_json, write_text
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.fit import fit_gate
-from patch_retriever.patch.methods import Method, methods
+from patch_retriever.patch.methods import methods
 from patch_retriever.progress import Progress
 from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_embeddings
@@ -200,22 +199,29 @@ def select(
 ) -> None:
     """Every method's best setting on validation, and the best method of all.
 
-    Writes `selection.json` and the best method's patch, with its reasons, under `patch/`.
+    Writes `selection.json` and the best method's patch, with its reasons, under `patch/`. A setting
+    that selects no concept is not tried; a method without any other is named under `left_out`.
     """
     held_out, collection = (
         Features.load(features / "validation.safetensors"),
         data.splits["validation"],
     )
     choices: list[dict[str, Any]] = []
+    left_out: list[str] = []
     best_patch, best_score = None, -1.0
     found = list(methods(calibration))
     for method in progress(found, len(found)):
         scored = []
         for setting in method.grid:
             patches = method.make(**setting)
+            if not patches:
+                continue
             scored.append((evaluate(patches, held_out, collection).score, setting))
             if not method.control and scored[-1][0] > best_score:
                 (best_patch,), best_score, chosen = patches, scored[-1][0], len(choices)
+        if not scored:
+            left_out.append(method.name)
+            continue
         top, setting = max(scored, key=lambda pair: pair[0])
         choices.append(
             {
@@ -228,8 +234,10 @@ def select(
             }
         )
     assert best_patch is not None
+    exported = choices[chosen]["method"]
     write_json(
-        folder / "selection.json", {"exported": choices[chosen]["method"], "methods": choices}
+        folder / "selection.json",
+        {"exported": exported, "methods": choices, "left_out": left_out},
     )
     about = _provenance(best_patch, calibration, readout, choices[chosen])
     replace(best_patch, about=about).save(folder / "patch")
@@ -290,7 +298,7 @@ def evaluate_on_test(
         )
     ]
     test = Features.load(features / "test.safetensors")
-    found: Sequence[Method] = list(methods(calibration))
+    found = [method for method in methods(calibration) if method.name in chosen]
     for method in progress(found, len(found)):
         choice = chosen[method.name]
         outcome = evaluate(method.make(**choice["setting"]), test, collection)
@@ -308,7 +316,8 @@ def evaluate_on_test(
     outcome = evaluate_embeddings(rebuilt, rebuilt, collection)
     rows.append(Row("rebuilt from all concepts", "unpaired items", {}, None, True, outcome))
     sizes = {task.name: len(task.queries) for task in collection.tasks}
-    table = Table(tuple(rows), selection["exported"], PairedBootstrap(sizes, config.seed))
+    bootstrap = PairedBootstrap(sizes, config.seed)
+    table = Table(tuple(rows), selection["exported"], bootstrap, tuple(selection["left_out"]))
     write_json(folder / "table.json", table.to_json())
     write_text(folder / "table.md", table.to_markdown() + "\n")
     write_text(folder / "table.txt", table.to_text() + "\n")

@@ -1,9 +1,9 @@
 """The operators of a patch, in plain torch.
 
 There are two: `Subtract` takes concepts out of token activations, `Affine` corrects the geometry
-of pooled vectors (centring, all-but-the-top, subspace removal, ReAlign, Procrustes, CCA and gains
-on principal components are all affine maps). `Gate` tells the kinds of items apart where an
-affine map has statistics per modality.
+of pooled vectors (centring, standardisation, all-but-the-top, whitening, ReAlign, subspace removal,
+LEACE, Procrustes, CCA, ridge regression and gains on principal components are all affine maps).
+`Gate` tells the kinds of items apart where an affine map has statistics per modality.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ class Table:
     rows: tuple[Row, ...]
     exported: str
     bootstrap: PairedBootstrap
+    left_out: tuple[str, ...] = ()
+    """Methods that select no concept here, in any setting."""
 
     @property
     def base(self) -> Row:
@@ -46,6 +48,7 @@ class Table:
         return {
             "exported": self.exported,
             "base": self.base.method,
+            "left_out": list(self.left_out),
             "queries": {t: len(h) for t, h in self.base.test.hits_by_task.items()},
             "rows": [
                 {
@@ -91,6 +94,7 @@ class Table:
                 score = f"{100 * row.test.score:8.1f}    {_interval(self._to_base(row))}"
                 lines.append(f"{mark}{row.method:<{width - 2}}{cells}{score}")
         lines.append(f"> exported: best score on validation ({_setting(self.row(self.exported))})")
+        lines += self._left_out()
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -105,7 +109,13 @@ class Table:
                 cells = [self._cell(row, task) for task in tasks]
                 score = [f"{100 * row.test.score:.1f}", _interval(self._to_base(row))]
                 lines.append(f"| {' | '.join([name + _setting_note(row), *cells, *score])} |")
+        if self.left_out:
+            lines += ["", *self._left_out()]
         return "\n".join(lines)
+
+    def _left_out(self) -> list[str]:
+        names = ", ".join(self.left_out)
+        return [f"left out, no concept is selected in any setting: {names}"] if names else []
 
     def _cell(self, row: Row, task: str) -> str:
         recalls = "/".join(f"{100 * r:.1f}" for r in row.test.recalls(task))

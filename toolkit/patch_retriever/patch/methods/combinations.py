@@ -1,0 +1,52 @@
+"""Pairs of methods: concepts, then geometry or an alignment; ReAlign, then Procrustes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from patch_retriever.patch import fit
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.methods.alignment import cca, procrustes
+from patch_retriever.patch.methods.gains import strengths_from_gains
+from patch_retriever.patch.methods.method import Method, one_patch
+from patch_retriever.patch.methods.removal import top_concepts
+from patch_retriever.patch.operators import Subtract
+
+_FIRSTS = ("gains from text-image", "gains from all", "removal")
+_SECONDS = ("ReAlign", "ReAlign and Procrustes", "CCA")
+
+
+def rows(c: Calibration) -> Iterator[Method]:
+    """One row: validation chooses the pair, too."""
+    pairs = [("ReAlign", "Procrustes"), *((f, s) for f in _FIRSTS for s in _SECONDS)]
+    grid = tuple(
+        {"first": f, "second": s, "strength": b} for f, s in pairs for b in (0.3, 0.5, 0.8)
+    )
+    yield Method("best pair of methods", "pairs", lambda **setting: _pair(c, **setting), grid)
+
+
+def _pair(c: Calibration, first: str, second: str, strength: float) -> list[Patch]:
+    """`strength` is the shrinkage of ReAlign or CCA."""
+    if first == "ReAlign":
+        return _realigned(c, None, strength, turned=True, reason=first)
+    if first == "removal":
+        strength_c = top_concepts(c, -c.concepts.discriminative_centred, 64)
+    else:
+        strength_c = strengths_from_gains(c, first.removeprefix("gains from "), 0.0)
+    if not bool(strength_c.any()):
+        return []
+    subtract = Subtract.from_sae(c.sae, strength_c)
+    if second == "CCA":
+        return one_patch(c, cca(c, strength, subtract), subtract=subtract, reason=first)
+    return _realigned(c, subtract, strength, turned=second != "ReAlign", reason=first)
+
+
+def _realigned(
+    c: Calibration, subtract: Subtract | None, beta: float, turned: bool, reason: str
+) -> list[Patch]:
+    """What `subtract` leaves, whitened per modality, then `turned` by Procrustes or not."""
+    x_nd = c.vectors_after((), subtract)
+    whitening = fit.realign(x_nd, c.groups("modality"), "modality", beta)
+    turns = (procrustes(c, whitening, subtract=subtract),) if turned else ()
+    return one_patch(c, whitening, *turns, subtract=subtract, reason=reason)

@@ -1,0 +1,39 @@
+"""A row of the table: its name, what it needs, and patches for every setting it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.operators import Affine, Subtract
+
+Needs = Literal["nothing", "unpaired items", "pairs"]
+Setting = dict[str, Any]
+
+DRAWS = 3
+"""Of every random control."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: patches for a setting; validation picks the setting.
+
+    `make` gives one patch, or some draws for a control, or none where a setting selects no
+    concept of this SAE: it would be another method under this one's name.
+    """
+
+    name: str
+    needs: Needs
+    make: Callable[..., list[Patch]]
+    grid: tuple[Setting, ...] = ({},)
+    control: bool = False
+
+
+def one_patch(
+    c: Calibration, *maps: Affine, subtract: Subtract | None = None, reason: str = ""
+) -> list[Patch]:
+    """`subtract`, then `maps` in order, as the only patch of a setting."""
+    return [Patch(c.site, subtract, maps, c.gate, {"reason": reason})]

@@ -1,0 +1,145 @@
+"""Removal of concepts that a score selects, and for each its control: random concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patch_retriever.concepts.scores import TEXT_DOMINANT
+from patch_retriever.patch import fit
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.methods.method import DRAWS, Method, Needs, Setting, one_patch
+from patch_retriever.patch.operators import Subtract
+
+_N_CONCEPTS = (16, 64, 128, 256, 512)
+_TEXT_DOMINANT = (0.6, TEXT_DOMINANT, 0.95)
+_STRENGTHS = (0.5, 1.0)
+_UNIMODAL = (0.01, 0.05, 0.1, 0.2)
+
+_THEN: tuple[Setting, ...] = ({"then": "nothing"}, {"then": "centre"})
+_THEN_REALIGN: tuple[Setting, ...] = (
+    {"then": "ReAlign", "beta": 0.3},
+    {"then": "ReAlign", "beta": 0.8},
+)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """How concepts are selected: `strengths` gives the strength of every concept (c,) for each of
+    `settings`, 0 for those that stay. `name` and `alike` are what the row and its control say."""
+
+    name: str
+    alike: str
+    needs: Needs
+    strengths: Callable[..., Tensor]
+    settings: Sequence[Setting]
+
+
+def rows_from_unpaired_items(c: Calibration) -> Iterator[Method]:
+    """Text-dominant concepts, and concepts of one modality (IsoEnergy, arXiv 2602.06218); each
+    also before ReAlign.
+
+    IsoEnergy keeps concepts with eps <= modality score <= 1 - eps and embeds by what they rebuild;
+    here the others are subtracted, so that what the SAE misses stays.
+    """
+    modality_c = c.concepts.modality  # 0.5 where a concept never fires
+    selections = (
+        _Selection(
+            "text-dominant concepts removed",
+            "text-dominant ones",
+            "unpaired items",
+            lambda threshold, strength: strength * (modality_c > threshold).float(),
+            [{"threshold": t, "strength": s} for t in _TEXT_DOMINANT for s in _STRENGTHS],
+        ),
+        _Selection(
+            "unimodal concepts removed",
+            "unimodal ones",
+            "unpaired items",
+            lambda eps: ((modality_c < eps) | (modality_c > 1 - eps)).float(),
+            [{"eps": eps} for eps in _UNIMODAL],
+        ),
+    )
+    for selection in selections:
+        yield from _removal(c, selection, _THEN)
+    for selection in selections:
+        yield from _removal(c, selection, _THEN_REALIGN, ", then ReAlign")
+
+
+def rows_from_pairs(c: Calibration) -> Iterator[Method]:
+    """The n concepts that attribution or discriminative attribution names as distractors."""
+    rankings = {
+        "by attribution": c.concepts.attribution,
+        "by discriminative attribution, raw": -c.concepts.discriminative,
+        "by discriminative attribution, centred": -c.concepts.discriminative_centred,
+    }
+    settings = [{"n": n} for n in _N_CONCEPTS if n < c.sae.n_concepts]
+    for name, ranking_c in rankings.items():
+        strengths = partial(top_concepts, c, ranking_c)
+        selection = _Selection(f"removed {name}", name, "pairs", strengths, settings)
+        yield from _removal(c, selection, _THEN)
+
+
+def top_concepts(c: Calibration, ranking_c: Tensor, n: int) -> Tensor:
+    """Strength one for the `n` concepts that `ranking_c` puts first, of those that ever fire."""
+    fires_c = c.concepts.energy > 0
+    chosen_m = ranking_c.masked_fill(~fires_c, -torch.inf).argsort(descending=True)[:n]
+    strength_c = torch.zeros(len(ranking_c))
+    strength_c[chosen_m] = fires_c[chosen_m].float()
+    return strength_c
+
+
+def subtracting(
+    c: Calibration, strength_c: Tensor, reason: str, then: str, beta: float = 0.0
+) -> list[Patch]:
+    """Subtract concepts by strength, then centre or ReAlign as finely as can be exported, or do
+    nothing more. No patch where no concept is selected."""
+    if not bool(strength_c.any()):
+        return []
+    subtract = Subtract.from_sae(c.sae, strength_c)
+    if then == "nothing":
+        return one_patch(c, subtract=subtract, reason=reason)
+    x_nd, by = c.vectors_after((), subtract), c.sides[-1]
+    if then == "centre":
+        step = fit.centre(x_nd, c.groups(by), by)
+    else:
+        step = fit.realign(x_nd, c.groups(by), by, beta)
+    return one_patch(c, step, subtract=subtract, reason=reason)
+
+
+def _removal(
+    c: Calibration, selection: _Selection, afterwards: Sequence[Setting], suffix: str = ""
+) -> Iterator[Method]:
+    """Removal of a selection, and what comes after; and its control, random concepts of matched
+    energy and the same strengths."""
+    grid = tuple({**setting, **after} for setting in selection.settings for after in afterwards)
+
+    def removed(then: str, beta: float = 0.0, **setting: Any) -> list[Patch]:
+        return subtracting(c, selection.strengths(**setting), selection.name, then, beta)
+
+    def random(then: str, beta: float = 0.0, **setting: Any) -> list[Patch]:
+        draws = _random_like(c, selection.strengths(**setting))
+        return [p for moved_c in draws for p in subtracting(c, moved_c, "random", then, beta)]
+
+    yield Method(selection.name + suffix, selection.needs, removed, grid)
+    control = f"random concepts, energy as {selection.alike}{suffix}"
+    yield Method(control, selection.needs, random, grid, control=True)
+
+
+def _random_like(c: Calibration, strength_c: Tensor) -> Iterator[Tensor]:
+    """Draws of the same strengths on random concepts: concepts change places in the order of
+    energy, one for one, with others at most twenty places away."""
+    order = c.concepts.energy.argsort(descending=True)
+    for draw in range(DRAWS):
+        generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
+        near = (
+            torch.arange(len(order)) + 20 * torch.rand(len(order), generator=generator)
+        ).argsort()
+        moved_c = torch.empty_like(strength_c)
+        moved_c[order[near]] = strength_c[order]
+        yield moved_c
