@@ -8,7 +8,7 @@ from pathlib import Path
 
 from patch_retriever.backbones.load import load_backbone
 from patch_retriever.config import BuildConfig
-from patch_retriever.data import scenes_data
+from patch_retriever.data import Data, scenes_data
 from patch_retriever.report.page import REPORT, write_report
 from patch_retriever.retrieval.tasks import Collection
 
@@ -16,10 +16,15 @@ ATTACK = '<script>alert("caught")</script><img src=x onerror=alert(1)>'
 ENDLESS = "w" * 400
 
 
+def settings_and_data(build: Path) -> tuple[BuildConfig, Data]:
+    """Of a build on the built-in world."""
+    config = BuildConfig.model_validate(json.loads((build / "patch-retriever.json").read_text()))
+    return config, scenes_data(config.scenes.model_dump(), config.seed)
+
+
 def report_again(build: Path, folder: Path, text: str = "") -> str:
     """The report of a build on the built-in world, with `text` after every text of its items."""
-    config = BuildConfig.model_validate(json.loads((build / "patch-retriever.json").read_text()))
-    data = scenes_data(config.scenes.model_dump(), config.seed)
+    config, data = settings_and_data(build)
     if text:
         data = replace(data, splits={s: with_text(c, text) for s, c in data.splits.items()})
     folder.mkdir(exist_ok=True)

@@ -197,15 +197,15 @@ def _rankings(
 
 
 def why(strength: float, patch: Patch) -> str:
-    """What the patch does with a concept, and why."""
+    """Why the patch subtracts a concept with a strength, or keeps it (strength 0)."""
     method = patch.about["method"]
     if patch.subtract is None:
-        return f"kept: the exported patch ({method}) subtracts no concept"
+        return f"the exported patch ({method}) subtracts no concept"
     if strength == 0:
         n = len(patch.subtract.concepts_m)
-        return f"kept: not among the {n} concepts that the exported patch ({method}) subtracts"
+        return f"not among the {n} concepts that the exported patch ({method}) subtracts"
     reason = patch.about.get("reason") or method
-    return f"subtracted with strength {strength:.2f}: {reason}"
+    return f"strength {strength:.2f}: {reason}"
 
 
 def _strongest(heats: Sequence[TokenHeat], j: int, patches: bool) -> float:

@@ -76,10 +76,11 @@ def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
         if method["control"]:
             continue
         series = [Series("these concepts", *curve)]
+        caption = "Against base (dotted)."
         after = methods[methods.index(method) + 1 :][:1]
         if after and after[0]["control"] and _axis(after[0]) is axis:
             series.append(Series("random concepts", *_curve(after[0], axis), control=True))
-        caption = "Against random concepts of the same energy (dashed) and no patch (dotted)."
+            caption = "Against random concepts of the same energy (dashed) and base (dotted)."
         figures.append(drawn(method["method"], caption, axis, series, y_range=y_range))
     for axis in AXES[1:]:
         series = [
@@ -88,7 +89,7 @@ def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
             if its_axis is axis
         ]
         if series:
-            caption = "Each point the best over the methods' other settings; dotted: no patch."
+            caption = "Each point the best over the methods' other settings; dotted: base."
             title = f"Score over {axis.name}"
             figures.append(drawn(title, caption, axis, series))
     return figures

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIDE = 112
 """Pixels of a thumbnail's longer side at most."""
-HEAT = (255, 92, 0)
+HEAT = (255, 0, 200)
 """The colour of heat; the page's style sheet has the same for tokens."""
 
 
