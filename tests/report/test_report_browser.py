@@ -65,7 +65,10 @@ LOOK = """() => {
 def looked_at(browser, path, width: int, scheme: str):
     """What is seen, what went wrong, and what was asked of the network."""
     context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        viewport={"width": width, "height": 900},
+        is_mobile=width < 600,
+        color_scheme=scheme,
+        offline=True,
     )
     try:
         page = context.new_page()

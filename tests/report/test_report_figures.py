@@ -35,7 +35,8 @@ SELECTION = [
     method("by A", n_16__then_no=0.5, n_64__then_no=0.6, n_64__then_c=0.55, n_128__then_c=0.3),
     method("random as A", True, n_16__then_no=0.4, n_64__then_no=0.45, n_128__then_c=0.2),
     method("by B", n_16__r_4=0.1, n_32__r_4=0.2, n_64__r_4=0.3, n_64__r_8=0.7),
-    method("pairs", first_x=0.9),
+    method("by modality", threshold_1__then_no=0.4, threshold_2__then_re__beta_1=0.6),
+    method("pairs", first_x=0.9, beta_1=0.1, beta_2=0.2),
 ]
 
 
@@ -54,20 +55,22 @@ def drawn(monkeypatch):
 
 def test_every_removal_has_a_figure_with_its_own_control(drawn):
     found, calls = drawn
-    assert [figure.title for figure in found] == ["by A", "by B", "Score over directions removed"]
-    (by_a, _), (by_b, _), (by_r, _) = calls
+    titles = ["by A", "by B", "by modality", "Score over directions removed"]
+    assert [figure.title for figure in found] == titles
+    (by_a, _), (by_b, _), (by_modality, _), (by_r, _) = calls
     assert by_a == [
         Series("these concepts", [16, 64, 128], pytest.approx([50, 60, 30])),
         Series("random concepts", [16, 64, 128], pytest.approx([40, 45, 20]), control=True),
     ]
     assert by_b == [Series("these concepts", [16, 32, 64], pytest.approx([10, 20, 70]))]
+    assert by_modality == [Series("these concepts", [1, 2], pytest.approx([40, 60]))]
     assert by_r == [Series("ABTT", [1, 2, 4], pytest.approx([50, 40, 60]))]
 
 
 def test_removals_share_a_scale_that_holds_them_all_and_the_base(drawn):
     _, calls = drawn
-    (_, first), (_, second), _ = calls
-    assert first["y_range"] == second["y_range"]
+    (_, first), (_, second), (_, third), _ = calls
+    assert first["y_range"] == second["y_range"] == third["y_range"]
     low, high = first["y_range"]
     assert low < 10 and high > 70
     assert all(more["level"] == ("base", 50.0) for _, more in calls)

@@ -35,18 +35,20 @@ class Axis:
 
     setting: str
     name: str
-    scale: SCALES
+    scale: SCALES = "linear"
+    selects: bool = False
+    """Whether it decides which concepts are removed."""
 
 
-REMOVED = Axis("n", "concepts removed", "log")
 AXES = (
-    REMOVED,
-    Axis("beta", "beta of ReAlign (1: centring)", "linear"),
+    Axis("n", "concepts removed", "log", selects=True),
+    Axis("threshold", "modality score above which concepts are removed", selects=True),
+    Axis("eps", "eps (modality scores from eps to 1 - eps are kept)", "log", selects=True),
+    Axis("beta", "beta of ReAlign (1: centring)"),
     Axis("r", "directions removed", "log"),
-    Axis("shrinkage", "shrinkage", "linear"),
     Axis("k", "components kept", "log"),
-    Axis("threshold", "threshold", "linear"),
-    Axis("strength", "strength", "linear"),
+    Axis("shrinkage", "shrinkage", "log"),
+    Axis("strength", "strength"),
 )
 """A method's curve is over the first of these that it was tried with several values of."""
 
@@ -54,14 +56,13 @@ AXES = (
 def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
     """What was tried on validation as curves (`methods` as in selection.json).
 
-    Every removal of concepts has a figure with its own control (the method after it); methods
+    Every selection of concepts has a figure with its own control (the method after it); methods
     with another setting share a figure for each setting. A point is the best over the other
     settings, as validation chooses.
     """
     base = 100 * next(m["validation_score"] for m in methods if m["method"] == BASE)
     curves = [(method, axis, _curve(method, axis)) for method in methods if (axis := _axis(method))]
-    removals = [found for found in curves if found[1] is REMOVED]
-    heights = [y for _, _, (_, ys) in removals for y in ys] + [base]
+    heights = [y for _, axis, (_, ys) in curves if axis.selects for y in ys] + [base]
     spare = 0.05 * (max(heights) - min(heights)) + 0.1
     y_range = min(heights) - spare, max(heights) + spare
 
@@ -72,8 +73,8 @@ def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
         return _drawn(title, caption, figure)
 
     figures = []
-    for method, axis, curve in removals:
-        if method["control"]:
+    for method, axis, curve in curves:
+        if method["control"] or not axis.selects:
             continue
         series = [Series("these concepts", *curve)]
         caption = "Against base (dotted)."
@@ -82,11 +83,11 @@ def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
             series.append(Series("random concepts", *_curve(after[0], axis), control=True))
             caption = "Against random concepts of the same energy (dashed) and base (dotted)."
         figures.append(drawn(method["method"], caption, axis, series, y_range=y_range))
-    for axis in AXES[1:]:
+    for axis in AXES:
         series = [
             Series(method["method"], *curve, control=method["control"])
             for method, its_axis, curve in curves
-            if its_axis is axis
+            if its_axis is axis and not axis.selects
         ]
         if series:
             caption = "Each point the best over the methods' other settings; dotted: base."
@@ -98,8 +99,8 @@ def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
 def _axis(method: dict[str, Any]) -> Axis | None:
     """The setting that a method's curve is over."""
     for axis in AXES:
-        values = {t["setting"].get(axis.setting) for t in method["tried"]} - {None}
-        if len(values) > 1:
+        values = {tried["setting"].get(axis.setting) for tried in method["tried"]}
+        if None not in values and len(values) > 1:
             return axis
     return None
 
