@@ -1,6 +1,6 @@
 """The main job: from pairs to an exported, proven retriever. Readable from top to bottom.
 
-    pairs -> backbone -> collect -> train SAE -> score -> select -> export -> evaluate
+    pairs -> backbone -> collect -> train SAE -> score -> select -> export -> evaluate -> report
 
 Every stage leaves a finished, hashed result in OUT/run and reads its inputs from there, so that a
 stopped build goes on where it stood and ends with the same bytes as an unbroken one.
@@ -27,6 +27,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
+from patch_retriever.report.page import write_report
 from patch_retriever.retrieval.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
@@ -140,7 +141,13 @@ def build_retriever(
             ),
             after=("export",),
         )
-        publish(out, exported, selected, evaluated, concepts, readouts, data, config)
+        reported = run.stage(
+            "report",
+            lambda folder: write_report(transformer, data, config, run.folder, folder),
+            after=("evaluate",),
+            model=config.model,
+        )
+        publish(out, exported, selected, evaluated, concepts, readouts, reported, data, config)
     report = json.loads((evaluated / "table.json").read_text())
     return BuildResult(out, (evaluated / "table.txt").read_text().rstrip(), report)
 

@@ -22,8 +22,9 @@ from patch_retriever.files import allow_reading, write, write_json, write_text
 from patch_retriever.golden import check_golden, write_golden
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.export import export_modules
-from patch_retriever.report.card import model_card
-from patch_retriever.report.table import EXPLANATION
+from patch_retriever.report.card import model_card, operators, verdict
+from patch_retriever.report.page import REPORT
+from patch_retriever.report.table import EXPLANATION, setting_text
 from patch_retriever.retriever import PatchedRetriever
 from patch_retriever.runs import DONE
 from patch_retriever.stages import load_readout
@@ -67,6 +68,7 @@ def publish(
     evaluated: Path,
     concepts: Path,
     readouts: Path,
+    reported: Path,
     data: Data,
     config: BuildConfig,
 ) -> None:
@@ -76,7 +78,11 @@ def publish(
     sources = {p.relative_to(exported): p for p in exported.rglob("*") if p.is_file()}
     sources |= {Path("patch", p.name): p for p in (selected / "patch").iterdir()}
     sources |= {Path("report", p.name): p for p in evaluated.iterdir()}
-    for path in (selected / "selection.json", concepts / "concepts.parquet"):
+    for path in (
+        selected / "selection.json",
+        concepts / "concepts.parquet",
+        reported / REPORT,
+    ):
         sources[Path("report", path.name)] = path
     last = sources.pop(Path("modules.json"))
     sources = {name: path for name, path in sources.items() if name.name != DONE}
@@ -123,10 +129,6 @@ def _card(
     report = json.loads((evaluated / "table.json").read_text())
     golden = json.loads((exported / "golden" / "result.json").read_text())["max_abs_diff"]
     tried = json.loads((readouts / "readout.json").read_text())["scores"]
-    better = [r["method"] for r in report["rows"] if r["score_minus_exported"]["low"] > 0]
-    operators = [step.name for step in patch.maps]
-    if patch.subtract is not None:
-        operators.insert(0, f"subtract {len(patch.subtract.concepts_m)} concepts")
     texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
     return model_card(
         name=name,
@@ -136,14 +138,13 @@ def _card(
         readout=load_readout(readouts).name,
         chosen_how=f"chosen on validation among {len(tried)}" if tried else "the preset's",
         exported=patch.about["method"],
-        setting=", ".join(f"{k} {v}" for k, v in patch.about["setting"].items()) or "no settings",
+        setting=setting_text(patch.about["setting"]),
         needs=patch.about["needs"],
-        operators=", ".join(operators) or "none",
+        operators=operators(patch),
         golden=f"{golden:.1g}",
         data=data.about,
         warning=data.warning,
         explanation=EXPLANATION,
         table=(evaluated / "table.md").read_text().strip(),
-        verdict=f"On test, {', '.join(better) or 'no row'} scored significantly better on average "
-        "than the exported choice.",
+        verdict=verdict(report),
     )

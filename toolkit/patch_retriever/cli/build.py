@@ -67,8 +67,8 @@ def build(
     """Patch MODEL (a folder, a hub id; default: the built-in tiny-mllm) and export it to OUT.
 
     OUT is then a sentence-transformers model: SentenceTransformer("OUT") loads it, without this
-    package. It also holds the patch, the table of all methods on test, and a card. A second run
-    does only what is missing.
+    package. It also holds the patch, the table of all methods on test, a card, and a report to open
+    in a browser (report/report.html). A second run does only what is missing.
 
     \b
     patch-retriever build -o demo
@@ -109,8 +109,9 @@ def build(
         return
     narrator.say("done")
     click.echo(result.table)
-    card = result.folder / "README.md"
-    click.echo(f'\nSentenceTransformer("{result.folder}") loads it; the card is {card}')
+    card, report = result.folder / "README.md", result.folder / "report" / "report.html"
+    loads = f'SentenceTransformer("{result.folder}") loads it'
+    click.echo(f"\n{loads}; the card is {card}, the report {report}")
 
 
 def plan(out: Path, config: BuildConfig) -> dict[str, Any]:

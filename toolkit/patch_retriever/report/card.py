@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from patch_retriever.patch.artefact import Patch
+
 _CARD = """\
 ---
 library_name: sentence-transformers
@@ -46,7 +48,8 @@ scores = model.similarity(queries, documents)
 
 {{ table }}
 
-{{ verdict }}
+{{ verdict }} Curves, concepts, and queries won and
+lost: `report/report.html`.
 """
 
 
@@ -54,4 +57,21 @@ def model_card(**values: Any) -> str:
     """The card as Markdown; raises if a value is missing."""
     return (
         Environment(undefined=StrictUndefined, trim_blocks=True).from_string(_CARD).render(values)
+    )
+
+
+def operators(patch: Patch) -> str:
+    """A patch's operators in order, in words."""
+    names = [step.name for step in patch.maps]
+    if patch.subtract is not None:
+        names.insert(0, f"subtract {len(patch.subtract.concepts_m)} concepts")
+    return ", ".join(names) or "none"
+
+
+def verdict(table: dict[str, Any]) -> str:
+    """What test says about the exported choice (`table` as in table.json)."""
+    better = [row["method"] for row in table["rows"] if row["score_minus_exported"]["low"] > 0]
+    return (
+        f"On test, {', '.join(better) or 'no row'} scored significantly better on average than "
+        "the exported choice."
     )

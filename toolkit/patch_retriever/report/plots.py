@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 INK = "#123456"
 """Drawn with this colour, an element takes the page's text colour (`currentColor`)."""
 
+SIZE = (7.0, 4.2)
+"""Inches; a page shrinks a figure to the room that it has, its letters too."""
+
 SCALES = Literal["linear", "log", "symlog"]
 
 
@@ -35,17 +38,30 @@ class Series:
 
 
 def lines(
-    series: Sequence[Series], x: str, y: str, title: str = "", x_scale: SCALES = "linear"
+    series: Sequence[Series],
+    x: str,
+    y: str,
+    title: str = "",
+    x_scale: SCALES = "linear",
+    y_range: tuple[float, float] | None = None,
+    level: tuple[str, float] | None = None,
+    size: tuple[float, float] = SIZE,
 ) -> Figure:
-    """Lines over a common axis, with their bands."""
-    figure, axes = _figure(x, y, title)
+    """Lines over a common axis, with their bands; `level` is a named dotted line across."""
+    figure, axes = _figure(x, y, title, size)
     axes.set_xscale(x_scale)
+    if x_scale == "log":
+        _plain_ticks(axes, {x for one in series for x in one.x})
     for one in series:
         style: dict[str, Any] = {"color": "#888888", "linestyle": "--"} if one.control else {}
         (drawn,) = axes.plot(one.x, one.y, marker="o", markersize=3, label=one.name, **style)
         if one.low is not None and one.high is not None:
             axes.fill_between(one.x, one.low, one.high, color=drawn.get_color(), alpha=0.15, lw=0)
-    _legend(axes, len(series))
+    if level is not None:
+        axes.axhline(level[1], color=INK, linestyle=":", linewidth=1, label=level[0])
+    if y_range is not None:
+        axes.set_ylim(y_range)
+    _legend(axes, len(series) + (level is not None))
     return figure
 
 
@@ -70,17 +86,19 @@ def histogram(
     y: str,
     title: str = "",
     bins: int = 40,
+    size: tuple[float, float] = SIZE,
 ) -> Figure:
     """A weighted histogram over [0, 1]."""
-    figure, axes = _figure(x, y, title)
+    figure, axes = _figure(x, y, title, size)
     axes.hist(values, bins=bins, range=(0, 1), weights=weights)
     return figure
 
 
-def to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure, name: str = "") -> str:
     """The figure as an SVG element for a page: as wide as its place, in the page's text colour.
 
-    The same figure gives the same text.
+    The same figure gives the same text. Figures that share a page need a `name` each, so that
+    their ids differ.
     """
     import matplotlib
 
@@ -89,6 +107,8 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    if name:
+        text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', text, count=1).replace(
         ' height="', ' data-height="', 1
     )
@@ -103,11 +123,11 @@ def save(figure: Figure, path: Path) -> None:
 _ROOT = '<?xml version="1.0" encoding="utf-8"?>\n<svg style="background:white"'
 
 
-def _figure(x: str, y: str, title: str) -> tuple[Figure, Axes]:
+def _figure(x: str, y: str, title: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     """An empty figure, made without pyplot: no global state, no display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.25)
@@ -117,6 +137,16 @@ def _figure(x: str, y: str, title: str) -> tuple[Figure, Axes]:
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
         label.set_color(INK)
     return figure, axes
+
+
+def _plain_ticks(axes: Axes, values: set[float]) -> None:
+    """Plain numbers on a logarithmic axis: at the values themselves if they are few."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    if len(values) <= 8:
+        axes.set_xticks(sorted(values))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Axes, n: int) -> None:

@@ -93,7 +93,8 @@ class Table:
                 mark = "> " if row.method == self.exported else "  "
                 score = f"{100 * row.test.score:8.1f}    {_interval(self._to_base(row))}"
                 lines.append(f"{mark}{row.method:<{width - 2}}{cells}{score}")
-        lines.append(f"> exported: best score on validation ({_setting(self.row(self.exported))})")
+        setting = setting_text(self.row(self.exported).setting)
+        lines.append(f"> exported: best score on validation ({setting})")
         lines += self._left_out()
         return "\n".join(lines)
 
@@ -149,9 +150,10 @@ def _interval(d: Difference) -> str:
     return f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
 
 
-def _setting(row: Row) -> str:
-    return ", ".join(f"{k} {v}" for k, v in row.setting.items()) or "no settings"
+def setting_text(setting: dict[str, Any]) -> str:
+    """A method's setting in words."""
+    return ", ".join(f"{k} {v}" for k, v in setting.items()) or "no settings"
 
 
 def _setting_note(row: Row) -> str:
-    return f" ({_setting(row)})" if row.setting else ""
+    return f" ({setting_text(row.setting)})" if row.setting else ""

@@ -1,0 +1,125 @@
+"""The HTML report of a build: one file that opens anywhere, without network and scripts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import patch_retriever
+from patch_retriever.config import BuildConfig
+from patch_retriever.data import Data
+from patch_retriever.features import Features
+from patch_retriever.files import write_text
+from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
+from patch_retriever.report.card import operators, verdict
+from patch_retriever.report.concept_cards import concept_cards
+from patch_retriever.report.figures import energy_figure, modality_figure, validation_curves
+from patch_retriever.report.gallery import gallery
+from patch_retriever.report.table import EXPLANATION, NEEDS, setting_text
+from patch_retriever.sae.formats import load_sae
+from patch_retriever.stages import load_readout
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+
+REPORT = "report.html"
+
+
+def write_report(
+    transformer: Transformer, data: Data, config: BuildConfig, run: Path, folder: Path
+) -> None:
+    """Write `report.html` into `folder` from the finished stages of a build under `run`.
+
+    Only the items on the concept cards go through the model again.
+
+    Raises:
+        UserError: a picture cannot be read any more.
+    """
+    table = json.loads((run / "evaluate" / "table.json").read_text())
+    selection = json.loads((run / "select" / "selection.json").read_text())
+    tried = json.loads((run / "readout" / "readout.json").read_text())["scores"]
+    metrics = json.loads((run / "sae" / "cfg.json").read_text())["metadata"]["metrics"]
+    readout, patch = load_readout(run / "readout"), Patch.load(run / "select" / "patch")
+    sae = load_sae(run / "sae").to(next(transformer.parameters()).device)
+    scores = pq.read_table(run / "score" / "concepts.parquet")
+    energy_c, modality_c = scores["energy"].to_numpy(), scores["modality"].to_numpy()
+    cards = concept_cards(
+        scores,
+        patch,
+        Features.load(run / "features" / "calibration.safetensors"),
+        data.splits["calibration"],
+        transformer,
+        readout,
+        sae,
+        config.batch_size,
+    )
+    test = Features.load(run / "features" / "test.safetensors")
+    groups = {needs: [row for row in table["rows"] if row["needs"] == needs] for needs in NEEDS}
+    page = render(
+        model=config.model,
+        version=patch_retriever.__version__,
+        summary=summary(table),
+        data=data.about,
+        warning=data.warning,
+        readout=readout.name,
+        readouts=sorted(tried.items(), key=lambda one: -one[1]),
+        sae={"n_concepts": sae.n_concepts, "d_in": sae.d_in, **metrics},
+        patch=patch.about,
+        operators=operators(patch),
+        verdict=verdict(table),
+        table=table,
+        tasks=[task.name for task in data.splits["test"].tasks],
+        groups={needs: rows for needs, rows in groups.items() if rows},
+        explanation=EXPLANATION,
+        curves=validation_curves(selection["methods"]),
+        plots=[modality_figure(modality_c, energy_c), energy_figure(energy_c)],
+        cards=cards,
+        gallery=gallery(
+            data.splits["test"],
+            [Patch(patch.site).embed(test, role).numpy() for role in (QUERY, DOCUMENT)],
+            [patch.embed(test, role).numpy() for role in (QUERY, DOCUMENT)],
+        ),
+    )
+    write_text(folder / REPORT, page)
+
+
+def render(**values: Any) -> str:
+    """The page; every text is escaped. Raises if a value is missing."""
+    environment = Environment(
+        loader=PackageLoader("patch_retriever.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": lambda share: f"{100 * share:.1f}",
+        "change": lambda share: f"{100 * share:+.1f}",
+        "short": lambda number: f"{number:.3g}",
+        "setting": setting_text,
+    }
+    return environment.get_template("report.html.jinja").render(values) + "\n"
+
+
+def summary(table: dict[str, Any]) -> str:
+    """The result in a sentence (`table` as in table.json)."""
+    base, exported = (
+        next(row for row in table["rows"] if row["method"] == table[name])
+        for name in ("base", "exported")
+    )
+    if base is exported:
+        return f"No patch was better on validation than the base, which scores {_score(base)}."
+    d = exported["score_minus_base"]
+    return (
+        f"On test the exported patch ({exported['method']}) scores {_score(exported)}, base "
+        f"{_score(base)}: a difference of {100 * d['mean']:+.1f} "
+        f"[{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]."
+    )
+
+
+def _score(row: dict[str, Any]) -> str:
+    return f"{100 * row['test_score']:.1f}"
