@@ -16,13 +16,27 @@ from patch_retriever.progress import Say
 MARKER = "patch-retriever.json"
 """The file that says that a folder was made by `build`; it holds the resolved settings."""
 DONE = "done.json"
-_FORMAT = 2
+_FORMAT = 3
 """Raised when a stage's files change meaning, so that old results are built again."""
 
 
 def is_ours(folder: Path) -> bool:
     """Whether `build` made this folder."""
     return (folder / MARKER).is_file()
+
+
+def check_finished(folder: Path) -> None:
+    """Refuse a folder that does not hold a finished build.
+
+    Raises:
+        UserError: it is missing, `build` did not make it, or its build has not finished.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not is_ours(folder):
+        raise UserError(f"{folder}: not made by patch-retriever ({MARKER} is missing)")
+    if not (folder / "modules.json").is_file():
+        raise UserError(f"{folder}: its build has not finished; run the same build again")
 
 
 def check_out(folder: Path) -> None:
