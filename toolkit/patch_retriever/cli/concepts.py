@@ -75,12 +75,13 @@ def heading(about: dict[str, Any]) -> list[str]:
     names = {"tokens": "codes of tokens, pooled", "pooled": "codes of pooled vectors"}
     items = ", ".join(f"{n} {kind}" for kind, n in about["items"].items())
     found = [
-        f"scored on {names[about['codes']]}: calibration items {items}; "
-        f"{about['pairs']} pairs, {about['hard_negatives']} hard negatives"
+        f"scored on {names[about['codes']]}, of calibration: {items}; "
+        f"{about['pairs']} pairs, {about['hard_negatives']} hard negatives",
+        "variance of the pooled vectors that the SAE leaves unexplained",
     ]
     for codes, name in names.items():
-        parts = ", ".join(f"{kind} {fvu:.3f}" for kind, fvu in about["unexplained"][codes].items())
-        found.append(f"  variance of pooled vectors that {name} leave unexplained: {parts}")
+        parts = "  ".join(f"{kind} {fvu:.3f}" for kind, fvu in about["unexplained"][codes].items())
+        found.append(f"  {name:<24} {parts}")
     return found
 
 
@@ -90,8 +91,8 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(SHOWN.values(), *numbers, strict=True)]
     found = [_line("concept", list(SHOWN.values()), widths, "tokens")]
     for row, cells in zip(rows, numbers, strict=True):
-        tokens = " ".join(token.strip() for token in row["tokens"][:4])
-        found.append(_line(str(row["concept"]), cells, widths, tokens))
+        words = list(dict.fromkeys(token.strip() for token in row["tokens"]))  # " red" and "red"
+        found.append(_line(str(row["concept"]), cells, widths, " ".join(words[:4])))
     return found
 
 
