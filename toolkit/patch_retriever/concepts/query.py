@@ -33,7 +33,7 @@ def read_concepts(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     """The concept table of a folder made by `build`, and what it was computed on.
 
     Raises:
-        UserError: a file is missing or damaged, or the table is an older version's.
+        UserError: a file is missing (an older version wrote only one) or damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -63,7 +63,8 @@ def matching(
     """
     import pyarrow as pa
 
-    numeric = [f.name for f in table.schema if pa.types.is_integer(f.type) or _is_float(f.type)]
+    is_number = (pa.types.is_integer, pa.types.is_floating)
+    numeric = [f.name for f in table.schema if any(kind(f.type) for kind in is_number)]
     columns = {name: table[name].to_numpy() for name in numeric}
     if sort not in columns:
         raise UserError(f"--sort {sort}: no such column; there are {', '.join(columns)}")
@@ -71,12 +72,6 @@ def matching(
         table = table.filter(pa.array(condition(where, columns)))
     order = "ascending" if ascending else "descending"
     return table.sort_by([(sort, order), ("concept", "ascending")]).slice(0, limit)
-
-
-def _is_float(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_floating(kind)
 
 
 def condition(where: str, columns: dict[str, np.ndarray]) -> np.ndarray:

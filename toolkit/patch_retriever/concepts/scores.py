@@ -119,7 +119,7 @@ def contribution(
     a and b are the codes of a pair's items less their kind's mean in `means_kc` (zeros: codes as
     they are, Eq. 6-7 of the paper). The entries sum to twice the mean inner product of a D and b D.
 
-    Exact without M: M b = D b_hat. Let v_n be the sum of b_hat over the partners b of item n. Then
+    Exact without M: M b = D (b D). Let v_n be the sum of b D over the partners b of item n. Then
     the sum over pairs is sum_n a_n * (D v_n), of which the part of the codes needs D_i . v_n at
     active entries only, and the part of the means, - mean_k * (D sum_n v_n) over the items n of
     kind k, is one product for each kind.
