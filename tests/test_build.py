@@ -55,6 +55,7 @@ def test_out_holds_model_patch_report_card_and_golden_inputs(finished_build):
         "report/selection.json",
         "report/concepts.parquet",
         "report/report.html",
+        "report/concepts.json",
         "golden/check.py",
         "patch-retriever.json",
     ):
@@ -105,7 +106,14 @@ def test_same_seed_gives_the_same_table_and_patch(finished_build, random_model, 
     small_build(tmp_path / "again", random_model)
     again = tmp_path / "again"
     assert patch_bytes(again) == patch_bytes(finished_build)
-    for name in ("table.json", "table.txt", "selection.json", "report.html"):
+    for name in (
+        "table.json",
+        "table.txt",
+        "selection.json",
+        "report.html",
+        "concepts.parquet",
+        "concepts.json",
+    ):
         assert (again / "report" / name).read_bytes() == (
             finished_build / "report" / name
         ).read_bytes()

@@ -19,7 +19,7 @@ from patch_retriever.activations.collect import (
 )
 from patch_retriever.activations.store import Store, StoreSource
 from patch_retriever.activations.stream import batches
-from patch_retriever.backbones.inputs import ROLES
+from patch_retriever.backbones.inputs import ROLES, TokenRoles
 from patch_retriever.backbones.load import load_backbone, set_readout
 from patch_retriever.backbones.readout import LAST, ONE_WORD, PAPER, PLAIN, Readout
 from patch_retriever.errors import UserError
@@ -152,14 +152,44 @@ def test_the_batch_size_does_not_change_features(readout, transformer):
     assert torch.allclose(one.codes.dense(), many.codes.dense(), atol=1e-5)
 
 
-def test_features_survive_the_disk(transformer, tmp_path):
-    found = collect_features(transformer, ITEMS, READOUT, make_sae(), KINDS_N)
+@by_readout
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_energy_by_role_is_the_mean_over_the_roles_tokens(
+    readout, batch_size, transformer, untouched, monkeypatch
+):
+    tokens = tokens_by_item(untouched, readout)
+    sae = make_sae(spread=float(torch.cat(tokens).std()))
+    roles_of = TokenRoles(untouched)
+    codes_of_role = {role: [] for role in ROLES}
+    for item, tokens_td in zip(ITEMS, tokens, strict=True):
+        roles_t = roles_of(untouched.preprocess([item.load()]))[0].tolist()
+        for role, token_d in zip(roles_t, tokens_td, strict=True):
+            codes_of_role[ROLES[role]].append(sae.encode(token_d[None])[0])
+    monkeypatch.setattr("patch_retriever.activations.collect.CHUNK_CODES", 11 * C)
+    arguments = (transformer, ITEMS, readout, sae, KINDS_N, batch_size)
+    found, plain = (collect_features(*arguments, by_role=by_role) for by_role in (True, False))
+    assert found.role_energy_cr.shape == (C, len(ROLES))
+    for r, role in enumerate(ROLES):
+        nothing = torch.zeros(1, C)  # the plain prompt has no instruction
+        expected_c = torch.stack(codes_of_role[role] or [*nothing]).mean(0)
+        assert torch.allclose(found.role_energy_cr[:, r], expected_c, atol=1e-5), role
+    assert torch.allclose(found.codes.dense(), plain.codes.dense(), atol=1e-6)
+    assert plain.role_energy_cr is None
+
+
+@pytest.mark.parametrize("by_role", [True, False])
+def test_features_survive_the_disk(transformer, tmp_path, by_role):
+    found = collect_features(transformer, ITEMS, READOUT, make_sae(), KINDS_N, by_role=by_role)
     found.save(tmp_path / "features.safetensors")
     loaded = type(found).load(tmp_path / "features.safetensors")
     assert torch.equal(loaded.pooled_nd, found.pooled_nd)
     assert torch.equal(loaded.mean_nd, found.mean_nd)
     assert torch.equal(loaded.kinds_n, found.kinds_n)
     assert torch.equal(loaded.codes.dense(), found.codes.dense())
+    if by_role:
+        assert torch.equal(loaded.role_energy_cr, found.role_energy_cr)
+    else:
+        assert loaded.role_energy_cr is None
 
 
 @pytest.fixture(scope="module", params=["mean", "lasttoken"])

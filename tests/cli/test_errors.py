@@ -308,6 +308,7 @@ def test_an_unknown_key_of_a_section_is_named_with_the_known_ones(configured, se
         ({"seed": -1}, "seed"),
         ({"seed": "many"}, "seed"),
         ({"preset": "best"}, "preset"),
+        ({"codes": "both"}, "codes"),
         ({"dtype": "int8"}, "dtype"),
         ({"batch_size": 0}, "batch_size"),
         ({"scenes": {"test": 3}}, "scenes.test"),

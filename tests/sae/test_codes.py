@@ -43,13 +43,31 @@ def test_only_active_concepts_are_stored_row_after_row(codes_nc):
 
 @QUICK
 @given(dense_codes(min_rows=1), st.data())
-def test_from_rows_puts_batches_in_the_order_of_their_numbers(codes_nc, data):
+def test_from_batches_puts_batches_in_the_order_of_their_numbers(codes_nc, data):
     n = len(codes_nc)
     order = data.draw(st.permutations(range(n)))
     cuts = [*sorted(data.draw(st.sets(st.integers(1, n)))), n]
     batches = [order[a:b] for a, b in zip([0, *cuts], cuts, strict=False) if a < b]
-    codes = Codes.from_rows([(batch, codes_nc[batch]) for batch in batches])
+    codes = Codes.from_batches([(b, Codes.from_dense(codes_nc[b])) for b in batches])
     assert torch.equal(codes.dense(), codes_nc)
+
+
+@QUICK
+@given(dense_codes(min_rows=1))
+def test_transposed_has_a_row_for_every_concept(codes_nc):
+    turned = Codes.from_dense(codes_nc).transposed()
+    assert torch.equal(turned.dense(), codes_nc.T)
+    assert torch.equal(turned.transposed().dense(), codes_nc)
+
+
+@QUICK
+@given(dense_codes(min_rows=1))
+def test_padded_rows_hold_every_entry_and_nothing_else(codes_nc):
+    codes = Codes.from_dense(codes_nc)
+    concepts_nk, values_nk = codes.padded()
+    assert concepts_nk.shape == values_nk.shape == (len(codes), int(codes.active_n.max()))
+    assert torch.equal(torch.zeros_like(codes_nc).scatter_add_(1, concepts_nk, values_nk), codes_nc)
+    assert torch.equal((values_nk != 0).sum(1), codes.active_n)
 
 
 @QUICK

@@ -31,6 +31,7 @@ from patch_retriever.report.page import write_report
 from patch_retriever.retrieval.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.scoring import score
 from patch_retriever.stages import (
     choose_readout,
     collect_splits,
@@ -38,7 +39,6 @@ from patch_retriever.stages import (
     learn_concepts,
     load_calibration,
     load_readout,
-    score,
     select,
 )
 
@@ -121,7 +121,10 @@ def build_retriever(
             after=("sae",),
         )
         concepts = run.stage(
-            "score", lambda folder: score(data, features, sae, folder), after=("features",)
+            "score",
+            lambda folder: score(transformer, data, readout, features, sae, config.codes, folder),
+            after=("features",),
+            codes=config.codes,
         )
         calibration = load_calibration(readout, data, features, sae, concepts, config.seed)
         selected = run.stage(

@@ -43,6 +43,9 @@ class BuildConfig(BaseModel):
     sae: SAESettings = SAESettings()
     sae_from: str | None = None
     """An SAE to use instead of training one: a folder or a hub id, in a format that is read."""
+    codes: Literal["tokens", "pooled"] = "tokens"
+    """What concepts are scored on: codes of tokens, pooled like the embedding (an SAE is trained on
+    tokens), or codes of pooled vectors (what the paper scores)."""
 
     @classmethod
     def read(cls, path: Path | None, **overrides: Any) -> BuildConfig:

@@ -19,12 +19,16 @@ class Features:
     `mean_nd` are the raw tokens' means whatever the readout's pooling: the gate looks at them.
     Since pooling is linear in the tokens, every patch that subtracts concepts can be evaluated
     from these alone, without another forward pass.
+
+    `role_energy_cr`, where it was asked for, is every concept's mean activation on the tokens of
+    each role (index into `ROLES`; all tokens of all items, whatever the pooling reads).
     """
 
     pooled_nd: Tensor
     mean_nd: Tensor
     codes: Codes
     kinds_n: Tensor
+    role_energy_cr: Tensor | None = None
 
     def reconstructed(self, sae: SparseAutoencoder) -> Tensor:
         """Pooled vectors as the SAE rebuilds them, (n, d): what it misses is what they lack."""
@@ -33,9 +37,11 @@ class Features:
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
         tensors = {"pooled_nd": self.pooled_nd, "mean_nd": self.mean_nd, "kinds_n": self.kinds_n}
-        codes = {k: getattr(self.codes, k) for k in ("starts_n1", "concepts_e", "values_e")}
-        n_concepts = self.codes.starts_n1.new_tensor([self.codes.n_concepts])
-        write_tensors(path, {**tensors, **codes, "n_concepts": n_concepts})
+        tensors |= {k: getattr(self.codes, k) for k in ("starts_n1", "concepts_e", "values_e")}
+        tensors["n_concepts"] = self.codes.starts_n1.new_tensor([self.codes.n_concepts])
+        if self.role_energy_cr is not None:
+            tensors["role_energy_cr"] = self.role_energy_cr
+        write_tensors(path, tensors)
 
     @classmethod
     def load(cls, path: Path) -> Features:
@@ -44,4 +50,4 @@ class Features:
 
         t = load_file(path)
         codes = Codes(t["starts_n1"], t["concepts_e"], t["values_e"], int(t["n_concepts"]))
-        return cls(t["pooled_nd"], t["mean_nd"], codes, t["kinds_n"])
+        return cls(t["pooled_nd"], t["mean_nd"], codes, t["kinds_n"], t.get("role_energy_cr"))

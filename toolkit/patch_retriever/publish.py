@@ -15,6 +15,8 @@ from sentence_transformers import SentenceTransformer
 import patch_retriever
 from patch_retriever.backbones.load import with_readout
 from patch_retriever.backbones.readout import Readout
+from patch_retriever.concepts.query import ABOUT, TABLE
+from patch_retriever.concepts.table import add_selection
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
 from patch_retriever.errors import UserError
@@ -78,20 +80,17 @@ def publish(
     sources = {p.relative_to(exported): p for p in exported.rglob("*") if p.is_file()}
     sources |= {Path("patch", p.name): p for p in (selected / "patch").iterdir()}
     sources |= {Path("report", p.name): p for p in evaluated.iterdir()}
-    for path in (
-        selected / "selection.json",
-        concepts / "concepts.parquet",
-        reported / REPORT,
-    ):
+    for path in (selected / "selection.json", concepts / ABOUT, reported / REPORT):
         sources[Path("report", path.name)] = path
     last = sources.pop(Path("modules.json"))
     sources = {name: path for name, path in sources.items() if name.name != DONE}
-    _remove_what_was_published(out, keep={str(name) for name in sources})
+    table = Path("report", TABLE)
+    _remove_what_was_published(out, keep={str(name) for name in (*sources, table)})
     for name, path in sources.items():
         write(out / name, partial(_link_or_copy, path))
-    card = _card(
-        out.name, Patch.load(selected / "patch"), exported, evaluated, readouts, data, config
-    )
+    patch = Patch.load(selected / "patch")
+    add_selection(concepts / TABLE, patch.strengths, patch.why, out / table)
+    card = _card(out.name, patch, exported, evaluated, readouts, data, config)
     write_text(out / "README.md", card)
     write(out / "modules.json", partial(_link_or_copy, last))
 

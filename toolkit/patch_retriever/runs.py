@@ -25,6 +25,20 @@ def is_ours(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def check_finished(folder: Path) -> None:
+    """Refuse a folder that does not hold a finished build.
+
+    Raises:
+        UserError: it is missing, `build` did not make it, or its build has not finished.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not is_ours(folder):
+        raise UserError(f"{folder}: not made by patch-retriever ({MARKER} is missing)")
+    if not (folder / "modules.json").is_file():
+        raise UserError(f"{folder}: its build has not finished; run the same build again")
+
+
 def check_out(folder: Path) -> None:
     """Refuse to write into a folder that holds something else.
 

@@ -19,7 +19,8 @@ from patch_retriever.activations.store import Store, StoreSource
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.inputs import ROLES
 from patch_retriever.backbones.readout import PAPER_READOUT, Readout, readout_grid
-from patch_retriever.concepts.scores import ConceptTable, score_concepts
+from patch_retriever.concepts.query import TABLE
+from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import SPLITS, Data
 from patch_retriever.errors import UserError
@@ -32,7 +33,6 @@ from patch_retriever.patch.methods import methods
 from patch_retriever.progress import Progress
 from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_embeddings
-from patch_retriever.retrieval.negatives import hard_negatives
 from patch_retriever.sae.convert import with_thresholds, with_unit_rows
 from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.metrics import measure
@@ -140,27 +140,11 @@ def collect_splits(
     for split in SPLITS:
         collection = data.splits[split]
         kinds_n = torch.from_numpy(collection.kinds())
+        by_role = split == "calibration"  # what concepts are scored on
         found = collect_features(
-            transformer, collection.items, readout, sae, kinds_n, batch_size, progress
+            transformer, collection.items, readout, sae, kinds_n, batch_size, progress, by_role
         )
         found.save(folder / f"{split}.safetensors")
-
-
-def score(data: Data, features: Path, sae_folder: Path, folder: Path) -> None:
-    """Score every concept on calibration; writes `concepts.parquet`."""
-    calibration = Features.load(features / "calibration.safetensors")
-    collection = data.splits["calibration"]
-    crossing = [task for task in collection.tasks if task.direction in ("t->i", "i->t")]
-    raw_nd = calibration.pooled_nd
-    means_kd = torch.stack([raw_nd[calibration.kinds_n == kind].mean(0) for kind in range(3)])
-    centred_nd = raw_nd - means_kd[calibration.kinds_n.long()]
-    score_concepts(
-        calibration,
-        load_sae(sae_folder).W_dec_cd,
-        torch.from_numpy(collection.pairs(("t->i", "i->t"))),
-        hard_negatives(raw_nd, crossing),
-        hard_negatives(centred_nd, crossing),
-    ).save(folder / "concepts.parquet")
 
 
 def load_calibration(
@@ -180,7 +164,7 @@ def load_calibration(
         readout.site,
         found,
         load_sae(sae_folder),
-        ConceptTable.load(concepts / "concepts.parquet"),
+        ConceptTable.load(concepts / TABLE),
         gate,
         torch.tensor(queries),
         torch.tensor(documents),

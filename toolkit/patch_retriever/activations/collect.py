@@ -11,7 +11,13 @@ import torch
 
 from patch_retriever.activations.store import StoreWriter
 from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
-from patch_retriever.backbones.inputs import TokenRoles, item_batches, pool, pooling_weights
+from patch_retriever.backbones.inputs import (
+    ROLES,
+    TokenRoles,
+    item_batches,
+    pool,
+    pooling_weights,
+)
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.errors import UserError
@@ -20,12 +26,11 @@ from patch_retriever.items import Item
 from patch_retriever.probe import Probe
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.codes import Codes
+from patch_retriever.sae.model import CHUNK_CODES, SparseAutoencoder
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from torch import Tensor
-
-    from patch_retriever.sae.model import SparseAutoencoder
 
 
 def collect_pooled(
@@ -158,32 +163,63 @@ def collect_features(
     kinds_n: Tensor,
     batch_size: int = 64,
     progress: Progress = no_progress,
+    by_role: bool = False,
 ) -> Features:
-    """Pooled vectors and pooled codes of `items`, streamed: no token is kept."""
+    """Pooled vectors and pooled codes of `items`, streamed: no token is kept.
+
+    With `by_role` also each concept's energy on the tokens of each role, for which every token is
+    encoded, not only those that the pooling reads.
+    """
     set_readout(transformer, readout)
     probe = Probe(transformer)
+    roles_of = TokenRoles(transformer) if by_role else None
+    role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = torch.empty(len(items), sae.d_in), torch.empty(len(items), sae.d_in)
-    rows: list[tuple[list[int], Tensor]] = []
+    batches: list[tuple[list[int], Codes]] = []
     n_batches = -(-len(items) // batch_size)
     for numbers, features in progress(item_batches(transformer, items, batch_size), n_batches):
         tokens_ntd = probe.read(features, [LAST])[LAST].float()
-        weights_nt = pooling_weights(features["attention_mask"], readout.pooling)
+        mask_nt = features["attention_mask"]
+        weights_nt = pooling_weights(mask_nt, readout.pooling)
         pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
-        mean_nd[numbers] = pool(
-            tokens_ntd, pooling_weights(features["attention_mask"], "mean")
-        ).cpu()
-        rows.append((numbers, _pool_codes(tokens_ntd, weights_nt, sae).cpu()))
-    return Features(pooled_nd, mean_nd, Codes.from_rows(rows), kinds_n)
+        mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
+        roles_nt = None if roles_of is None else roles_of(features).long()
+        encoded_nt = weights_nt > 0 if roles_nt is None else mask_nt.bool()
+        codes_nc = torch.zeros(len(numbers), sae.n_concepts, device=tokens_ntd.device)
+        for item_t, position_t, codes_tc in _encoded(tokens_ntd, encoded_nt, sae):
+            codes_nc.index_add_(0, item_t, codes_tc * weights_nt[item_t, position_t, None])
+            if roles_nt is not None:
+                role_energy.add(roles_nt[item_t.cpu(), position_t.cpu()], codes_tc)
+        batches.append((numbers, Codes.from_dense(codes_nc.cpu())))
+    codes = Codes.from_batches(batches)
+    energy_cr = role_energy.mean_cr() if by_role else None
+    return Features(pooled_nd, mean_nd, codes, kinds_n, energy_cr)
 
 
-def _pool_codes(
-    tokens_ntd: Tensor, weights_nt: Tensor, sae: SparseAutoencoder, chunk: int = 2048
-) -> Tensor:
-    """Codes of all tokens with a weight, summed by weight into (n, c), `chunk` tokens at a time."""
-    out_nc = torch.zeros(len(tokens_ntd), sae.n_concepts, device=tokens_ntd.device)
-    item_t, position_t = weights_nt.nonzero(as_tuple=True)
-    for start in range(0, len(item_t), chunk):
-        i, p = item_t[start : start + chunk], position_t[start : start + chunk]
-        codes_tc = sae.encode(tokens_ntd[i, p])
-        out_nc.index_add_(0, i, codes_tc * weights_nt[i, p, None])
-    return out_nc
+def _encoded(
+    tokens_ntd: Tensor, which_nt: Tensor, sae: SparseAutoencoder
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(items, positions, dense codes) of the tokens that `which_nt` names, some at a time."""
+    item_t, position_t = which_nt.nonzero(as_tuple=True)
+    chunk = max(1, CHUNK_CODES // sae.n_concepts)
+    for i, p in zip(item_t.split(chunk), position_t.split(chunk), strict=True):
+        yield i, p, sae.encode(tokens_ntd[i, p])
+
+
+class _RoleEnergy:
+    """The mean code of the tokens of each role, from some tokens at a time."""
+
+    def __init__(self, n_concepts: int) -> None:
+        self._sums_rc = torch.zeros(len(ROLES), n_concepts, dtype=torch.float64)
+        self._tokens_r = torch.zeros(len(ROLES), dtype=torch.long)
+
+    def add(self, roles_t: Tensor, codes_tc: Tensor) -> None:
+        """Some tokens with their roles."""
+        self._tokens_r += torch.bincount(roles_t, minlength=len(ROLES))
+        for role in roles_t.unique().tolist():
+            of_role_t = torch.eq(roles_t, role).to(codes_tc.device)
+            self._sums_rc[role] += codes_tc[of_role_t].sum(0).cpu()
+
+    def mean_cr(self) -> Tensor:
+        """(c, r); 0 for a role that no token has."""
+        return (self._sums_rc / self._tokens_r.clamp(min=1)[:, None]).T.float().contiguous()

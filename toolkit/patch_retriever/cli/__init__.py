@@ -9,6 +9,7 @@ import click
 
 from patch_retriever import __version__
 from patch_retriever.cli.build import build
+from patch_retriever.cli.concepts import concepts
 from patch_retriever.cli.convert_sae import convert_sae
 from patch_retriever.cli.doctor import doctor
 from patch_retriever.cli.encode import encode
@@ -46,11 +47,22 @@ def main() -> None:
     patch-retriever build -o demo                     the built-in model and world
     patch-retriever build Qwen/Qwen2-VL-2B-Instruct --pairs photos.jsonl -o my-retriever
     patch-retriever info my-retriever                 what was done, and the table
+    patch-retriever concepts my-retriever             scores of every concept
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
     patch-retriever explain demo "a red star" a.png   one similarity, part by part
     """
 
 
-for command in (build, train_sae, convert_sae, evaluate, encode, explain, info, doctor):
+for command in (
+    build,
+    concepts,
+    explain,
+    train_sae,
+    convert_sae,
+    evaluate,
+    encode,
+    info,
+    doctor,
+):
     main.add_command(command)

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     metavar="FOLDER|ID",
     help="An SAE to use instead of training one: SAELens, sparsify, dictionary_learning.",
 )
+@click.option(
+    "--codes",
+    type=click.Choice(["tokens", "pooled"]),
+    help="Score concepts on codes of tokens or of pooled vectors. [default: tokens]",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random. [default: 0]")
 @click.option("--device", help="torch device. [default: cpu]")
 @click.option(
@@ -56,6 +61,7 @@ def build(
     config_file: Path | None,
     preset: str | None,
     sae: str | None,
+    codes: str | None,
     seed: int | None,
     device: str | None,
     dtype: str | None,
@@ -88,6 +94,7 @@ def build(
         pairs=pairs,
         preset=preset,
         sae_from=sae,
+        codes=codes,
         seed=seed,
         device=device,
         dtype=dtype,

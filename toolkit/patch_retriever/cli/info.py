@@ -22,15 +22,9 @@ def info(folder: Path, concepts: int, as_json: bool) -> None:
     patch-retriever info demo
     patch-retriever info demo --json
     """
-    from patch_retriever.errors import UserError
-    from patch_retriever.runs import MARKER, is_ours
+    from patch_retriever.runs import MARKER, check_finished
 
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if not is_ours(folder):
-        raise UserError(f"{folder}: not made by patch-retriever ({MARKER} is missing)")
-    if not (folder / "modules.json").is_file():
-        raise UserError(f"{folder}: its build has not finished; run the same build again")
+    check_finished(folder)
     settings, patch, table = (
         _read(folder / name) for name in (MARKER, "patch/patch.json", "report/table.json")
     )

@@ -44,6 +44,20 @@ class Patch:
         """Whether a map has statistics per modality, so that the gate is asked."""
         return any(step.by == "modality" for step in self.maps)
 
+    @property
+    def strengths(self) -> dict[int, float]:
+        """How much of each concept is subtracted, for those of which anything is."""
+        if self.subtract is None:
+            return {}
+        pairs = zip(self.subtract.concepts_m, self.subtract.strength_m, strict=True)
+        return {int(concept): float(strength) for concept, strength in pairs}
+
+    @property
+    def why(self) -> str:
+        """The method that made the patch, and its reason where it gives another."""
+        method, reason = self.about.get("method", ""), self.about.get("reason", "")
+        return f"{method}: {reason}" if reason not in ("", method) else method
+
     def embed(self, features: Features, role: int) -> Tensor:
         """Unit embeddings (n, e) of items as queries or documents, from their features."""
         x_nd = features.pooled_nd

@@ -48,10 +48,10 @@ class Codes:
         )
 
     @classmethod
-    def from_rows(cls, rows: Sequence[tuple[Sequence[int], Tensor]]) -> Codes:
-        """From batches of (row numbers, dense rows), in any order of rows."""
-        numbers = [number for batch, _ in rows for number in batch]
-        stacked = cls.stacked([cls.from_dense(codes_nc) for _, codes_nc in rows])
+    def from_batches(cls, batches: Sequence[tuple[Sequence[int], Codes]]) -> Codes:
+        """From batches of (row numbers, their codes), in any order of rows."""
+        numbers = [number for batch, _ in batches for number in batch]
+        stacked = cls.stacked([codes for _, codes in batches])
         return stacked[torch.argsort(torch.tensor(numbers))]
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Codes:
 
     def __getitem__(self, rows: Tensor) -> Codes:
         """The given rows, in the given order."""
-        counts_n = (self.starts_n1[1:] - self.starts_n1[:-1])[rows]
+        counts_n = self.active_n[rows]
         starts_n1 = starts_of(counts_n)
         shift_n = self.starts_n1[:-1][rows] - starts_n1[:-1]
         entries = torch.arange(int(starts_n1[-1]), device=rows.device) + shift_n.repeat_interleave(
@@ -68,10 +68,15 @@ class Codes:
         return Codes(starts_n1, self.concepts_e[entries], self.values_e[entries], self.n_concepts)
 
     @property
+    def active_n(self) -> Tensor:
+        """How many concepts are active in every item, (n,)."""
+        return self.starts_n1[1:] - self.starts_n1[:-1]
+
+    @property
     def rows_e(self) -> Tensor:
         """The item of every entry."""
-        counts_n = self.starts_n1[1:] - self.starts_n1[:-1]
-        return torch.arange(len(self), device=counts_n.device).repeat_interleave(counts_n)
+        active_n = self.active_n
+        return torch.arange(len(self), device=active_n.device).repeat_interleave(active_n)
 
     def kept(self, keep_e: Tensor) -> Codes:
         """Only the entries where `keep_e` holds."""
@@ -107,6 +112,24 @@ class Codes:
         """codes @ dictionary, (n, d), touching active entries only."""
         values_e = self.values_e.to(dictionary_cd.dtype)
         return weighted_rows(values_e, self.concepts_e, self.starts_n1[:-1], dictionary_cd)
+
+    def transposed(self) -> Codes:
+        """The matrix (c, n): a row for every concept, with the items that it is active in."""
+        order_e = self.concepts_e.argsort(stable=True)
+        rows_e, values_e = self.rows_e[order_e], self.values_e[order_e]
+        return Codes(starts_of(self.counts()), rows_e, values_e, len(self))
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Concepts and activations of every item, each (n, k), k those of the fullest item.
+
+        Places that an item leaves over hold concept 0 with activation 0.
+        """
+        k = int(self.active_n.max())
+        held_nk = torch.arange(k) < self.active_n[:, None]
+        concepts_nk = torch.zeros(len(self), k, dtype=torch.long)
+        values_nk = torch.zeros(len(self), k)
+        concepts_nk[held_nk], values_nk[held_nk] = self.concepts_e, self.values_e
+        return concepts_nk, values_nk
 
     def dense(self) -> Tensor:
         """As a dense matrix (n, c)."""
