@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from patch_retriever import __version__
+from patch_retriever.cli.analyze import analyze
 from patch_retriever.cli.build import build
 from patch_retriever.cli.convert_sae import convert_sae
 from patch_retriever.cli.doctor import doctor
@@ -47,8 +48,9 @@ def main() -> None:
     patch-retriever info my-retriever                 what was done, and the table
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
+    patch-retriever analyze demo -o analysis          the paper's figures and tables about it
     """
 
 
-for command in (build, train_sae, convert_sae, evaluate, encode, info, doctor):
+for command in (build, train_sae, convert_sae, evaluate, analyze, encode, info, doctor):
     main.add_command(command)
