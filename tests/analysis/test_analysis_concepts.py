@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.analysis.concepts import (
@@ -16,11 +16,13 @@ from patch_retriever.analysis.concepts import (
     top_set,
 )
 
+steady = settings(deadline=None, derandomize=True)
 ENERGIES = st.lists(
-    st.one_of(st.just(0.0), st.floats(0.001, 100, width=32)), min_size=1, max_size=60
+    st.one_of(st.just(0.0), st.floats(0.0009765625, 100, width=32)), min_size=1, max_size=60
 ).filter(lambda values: sum(values) > 0)
 
 
+@steady
 @given(ENERGIES, st.integers(0, 1000), st.integers(1, 12))
 def test_energy_is_summed_in_the_bin_of_its_modality_score(energies, seed, bins):
     generator = torch.Generator().manual_seed(seed)
@@ -39,6 +41,7 @@ def test_energy_is_summed_in_the_bin_of_its_modality_score(energies, seed, bins)
         assert float(share_b[b]) == pytest.approx(expected, abs=1e-6)
 
 
+@steady
 @given(ENERGIES, st.floats(0.05, 0.99))
 def test_the_fewest_concepts_that_hold_a_share_of_the_energy(energies, share):
     n = concepts_for(torch.tensor(energies), share)
@@ -55,6 +58,7 @@ def test_equal_energies_need_as_many_concepts_as_the_share_says():
     assert concepts_for(torch.tensor([0.0, 5.0, 0.0]), 0.99) == 1
 
 
+@steady
 @given(st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=2, max_size=3))
 def test_jaccard_counts_members_of_all_over_members_of_any(sets):
     everyone = range(10)

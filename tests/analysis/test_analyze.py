@@ -245,7 +245,7 @@ def test_pairs_of_a_user_are_analysed_too(random_model, photo_folder, tmp_path):
     )
     assert {row["task"] for row in rows(tmp_path / "out", "table2")} == {"t->i", "i->t", "average"}
     curve = found["pairs-curve"]
-    assert "Left out" in curve["note"] or "one caption style only" in curve["note"]
+    assert "one caption style only" in curve["note"]
     assert "pairs-curve-others.svg" not in curve["files"]
 
 

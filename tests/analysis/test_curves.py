@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.analysis.finished import open_build
@@ -21,6 +21,8 @@ from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.retrieval.evaluate import evaluate
+
+steady = settings(deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,7 @@ def test_random_concepts_are_other_ones_of_about_the_same_energy(c):
 # pairs
 
 
+@steady
 @given(st.integers(1, 5000))
 def test_numbers_of_pairs_double_from_25_and_end_at_all(total):
     found = numbers(total)

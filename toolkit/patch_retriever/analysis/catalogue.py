@@ -84,9 +84,9 @@ CATALOGUE: dict[str, Entry] = {
         "PCA, ZCA and ReAlign (Table 8)",
         "Whitening per side on the build's readout: on principal axes (PCA), turned back to the "
         "original axes (ZCA), and ZCA with a shrunk covariance (ReAlign), at the paper's beta of "
-        "0.1 and at the beta that validation chooses. Since each side is whitened by itself, PCA "
-        "puts queries and documents on unrelated axes. Statistics from calibration, numbers from "
-        "test.",
+        "0.1 and at the beta that validation chooses. Where each side is whitened by itself, PCA "
+        "puts queries and documents on unrelated axes; with one basis for all items it gives "
+        "the similarities of ZCA with one basis. Statistics from calibration, numbers from test.",
     ),
     "removal-curve": Entry(
         "Recall against the number of concepts removed (not in the paper)",
@@ -143,4 +143,5 @@ _HEAD = """\
 Recalls are shares of queries with a relevant document among the first k (in percent here, as
 fractions in the CSV files), ties counted against the query. The score is the mean of R@1, R@5 and
 R@10 over all tasks; a difference stands with its 95% interval (paired bootstrap over queries).
+What is fitted per modality is told the kind of an item here; an exported patch has a gate for that.
 Every row of a CSV file says which split its number is from."""

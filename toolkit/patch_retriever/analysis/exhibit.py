@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patch_retriever.files import write_json, write_text
+from patch_retriever.files import write_text
 from patch_retriever.report import plots
 from patch_retriever.retrieval.evaluate import Difference, Outcome, PairedBootstrap
 from patch_retriever.retrieval.metrics import CUTOFFS
@@ -49,7 +50,7 @@ class Exhibit:
             files.append(f"{name}{end}.svg")
             plots.save(figure, folder / files[-1])
         values = {"of": of, "files": files, "summary": list(self.summary), "note": self.note}
-        write_json(folder / RESULT, values)
+        write_text(folder / RESULT, json.dumps(values, indent=1) + "\n")  # columns stay in order
 
 
 def section(values: Mapping[str, Any]) -> str:

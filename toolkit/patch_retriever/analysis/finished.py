@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ValidationError
 
 from patch_retriever.analysis.exhibit import Yardstick
@@ -22,6 +23,7 @@ from patch_retriever.features import Features
 from patch_retriever.files import file_hash, value_hash
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.operators import Gate
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.runs import DONE, MARKER, Run, is_ours
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
 
 _STAGES = ("data", "readout", "sae", "features", "score")
+_KNOWN = Gate(torch.tensor([[1.0], [1.0]]), torch.tensor([-0.5, -1.5]), 1.0)
+"""A gate that is told the kind of an item: an analysis knows it, and no gate has to be fitted."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,10 @@ class Finished:
         Raises:
             UserError: no concept of the SAE fires, so that there is nothing to select from.
         """
-        found = load_calibration(
+        loaded = load_calibration(
             self.readout, self.data, self.features, self.sae, self.concepts, self.config.seed
         )
+        found = replace(loaded, gate=_KNOWN, features=_telling_kinds(loaded.features))
         if not bool((found.concepts.energy > 0).any()):
             raise UserError(
                 f"{self.sae}: none of its concepts fires on these items; it is an SAE of other "
@@ -73,7 +78,7 @@ class Finished:
 
     def split(self, name: str) -> Features:
         """The features of a split."""
-        return Features.load(self.features / f"{name}.safetensors")
+        return _telling_kinds(Features.load(self.features / f"{name}.safetensors"))
 
     @cached_property
     def test(self) -> Features:
@@ -104,6 +109,11 @@ class Finished:
     def on_validation(self, patches: Sequence[Patch]) -> Outcome:
         """The mean outcome of patches on validation: for choices only."""
         return evaluate(patches, self.validation, self.data.splits["validation"])
+
+
+def _telling_kinds(features: Features) -> Features:
+    """With the number of the kind in the place of what a gate looks at."""
+    return replace(features, mean_nd=features.kinds_n[:, None].float())
 
 
 def open_build(folder: Path) -> Finished:

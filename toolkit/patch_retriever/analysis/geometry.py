@@ -68,6 +68,9 @@ def _whitened(build: Finished, progress: Progress, pca: bool) -> dict[str, list[
     best = max(on_validation, key=lambda beta: on_validation[beta])
     found = {"centring, per side": fit.centre(x_nd, groups, "role")}
     if pca:
+        everyone = c.groups("all")
+        name = "PCA whitening, all items together"
+        found[name] = stand_ins.pca_whitening(x_nd, everyone, "all")
         found["PCA whitening, per side"] = stand_ins.pca_whitening(x_nd, groups, "role")
         found["ZCA whitening, per side"] = fit.realign(x_nd, groups, "role", 0.0)
     for how, beta in (("the paper's", PAPER_BETA), ("chosen on validation", best)):

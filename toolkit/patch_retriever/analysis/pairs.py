@@ -48,10 +48,6 @@ def pairs_curve(build: Finished, progress: Progress) -> Exhibit:
     )
     if fitted_task is None:
         return Exhibit([], note="Left out: these data have no task from texts to images.")
-    if c.gate is None:
-        return Exhibit(
-            [], note="Left out: no hyperplane tells the kinds of items apart in this readout."
-        )
     pairs_n2 = pairs_of(fitted_task)
     works = [
         (n, draw) for n in numbers(len(pairs_n2)) for draw in range(draws_of(n, len(pairs_n2)))
