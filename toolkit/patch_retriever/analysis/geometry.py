@@ -113,17 +113,17 @@ def beta_figure(build: Finished, progress: Progress) -> Exhibit:
             line("score without a patch", BETAS, base, control=True),
         ],
         "beta (0 ZCA, 1 centring)",
-        "score or R@5 on test, %",
+        "score or R@1 on test, %",
     )
     return Exhibit(rows, summary, {"": figure})
 
 
 def _by_direction(build: Finished, outcomes: Sequence[Outcome]) -> list[plots.Series]:
-    """R@5 of image to text, as in the paper's figure, and of text to image."""
+    """R@1 of image to text, as in the paper's figure, and of text to image."""
     found = []
     for direction in ("i->t", "t->i"):
         tasks = [t.name for t in build.yardstick.collection.tasks if t.direction == direction][:1]
         if tasks:
-            bands = [build.yardstick.band(o, 1, tasks) for o in outcomes]
-            found.append(line(f"R@5, {tasks[0]}", BETAS, bands))
+            bands = [build.yardstick.band(o, 0, tasks) for o in outcomes]
+            found.append(line(f"R@1, {tasks[0]}", BETAS, bands))
     return found
