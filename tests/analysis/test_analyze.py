@@ -111,9 +111,10 @@ def test_figures_agree_where_they_show_the_same(analysed, finished_build):
     assert base == scores(out, "table8", method="no patch")
     assert base == scores(out, "removal-curve", selection="none")
     assert base == scores(out, "pairs-curve", method="no patch")
-    zca = scores(out, "table8", method="ZCA whitening, per side")
-    assert zca == scores(out, "fig6", beta="0")
-    assert scores(out, "table8", method="centring, per side") == scores(out, "fig6", beta="1")
+    zca = scores(out, "table8", method="ZCA whitening, per modality")
+    assert zca == scores(out, "fig6", statistics="per modality", beta="0")
+    centred = scores(out, "table2", method="centring, per side, task by task")
+    assert centred == scores(out, "fig6", statistics="per side, task by task", beta="1")
     mean = {"prompt": "paper", "pooling": "mean", "then": "nothing"}
     paper = scores(out, "table5", **mean)
     assert paper == scores(out, "fig5", **mean, site="last_hidden_state")

@@ -46,9 +46,11 @@ CATALOGUE: dict[str, Entry] = {
         "Removal of the attribution subspace (Table 2), with its controls",
         "The paper projects the span of the 1% of concepts with the highest attribution out of "
         "every vector and reads the gain as proof that they distract. Beside it stand random "
-        "subspaces of the same rank, the span of random concepts of the same energy, plain "
-        "centring and ReAlign, all on the build's readout. Statistics from calibration, ReAlign's "
-        "beta (where not the paper's 0.1) from validation, numbers from test.",
+        "subspaces of the same rank, the span of random concepts of the same energy (means over "
+        "three draws), plain centring and ReAlign, all on the build's readout. Per side, task by "
+        "task: with the statistics of the queries and of the documents of each task, as in the "
+        "paper; an exported model cannot know the task, but the modality. Statistics from "
+        "calibration, ReAlign's beta (where not the paper's 0.1) from validation, numbers from test.",
     ),
     "fig4": Entry(
         "Token roles left out of the mean (Fig. 4)",
@@ -66,8 +68,9 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "fig6": Entry(
         "ReAlign over its shrinkage beta (Fig. 6)",
-        "Whitening per side (queries, documents) with the covariance shrunk towards a multiple of "
-        "the identity: beta 0 is ZCA whitening, beta 1 is centring per side. Statistics from "
+        "Whitening per side (queries, documents) of each task, as in the paper, and per modality, "
+        "with the covariance shrunk towards a multiple of the identity: beta 0 is ZCA whitening, "
+        "beta 1 is centring. Statistics from "
         "calibration, numbers from test on the build's readout; the score on validation stands "
         "beside them, by which one would choose.",
     ),
@@ -82,10 +85,11 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "table8": Entry(
         "PCA, ZCA and ReAlign (Table 8)",
-        "Whitening per side on the build's readout: on principal axes (PCA), turned back to the "
+        "Whitening per side of each task, as in the paper, and per modality, on the build's "
+        "readout: on principal axes (PCA), turned back to the "
         "original axes (ZCA), and ZCA with a shrunk covariance (ReAlign), at the paper's beta of "
         "0.1 and at the beta that validation chooses. Where each side is whitened by itself, PCA "
-        "puts queries and documents on unrelated axes; with one basis for all items it gives "
+        "puts them on unrelated axes; with one basis for all items it gives "
         "the similarities of ZCA with one basis. Statistics from calibration, numbers from test.",
     ),
     "removal-curve": Entry(
