@@ -50,7 +50,7 @@ CATALOGUE: dict[str, Entry] = {
         "three draws), plain centring and ReAlign, all on the build's readout. Per side, task by "
         "task: with the statistics of the queries and of the documents of each task, as in the "
         "paper; an exported model cannot know the task, but the modality. Statistics from "
-        "calibration, ReAlign's beta (where not the paper's 0.1) from validation, numbers from test.",
+        "calibration, ReAlign's beta (where not the paper's) from validation, numbers from test.",
     ),
     "fig4": Entry(
         "Token roles left out of the mean (Fig. 4)",

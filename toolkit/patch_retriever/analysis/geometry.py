@@ -100,7 +100,7 @@ def whitening_table(build: Finished, progress: Progress) -> Exhibit:
 def _whitened(build: Finished, others: dict[str, Fit], progress: Progress) -> dict[str, Outcome]:
     """Centring, `others` and ReAlign on test: at the paper's beta, and at the one that validation
     chooses."""
-    found = {}
+    found: dict[str, Outcome] = {}
     for by in (BY_TASK, BY_MODALITY):
         on_validation = {
             beta: fitted(build, _realign(beta), by, "validation").score
