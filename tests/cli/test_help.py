@@ -34,6 +34,7 @@ def examples(help_text: str) -> list[list[str]]:
 
 def test_the_commands_are_those_of_the_docs():
     assert COMMANDS == [
+        "analyze",
         "build",
         "concepts",
         "convert-sae",

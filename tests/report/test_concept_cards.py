@@ -18,8 +18,6 @@ from patch_retriever.heat import TokenHeat
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.report import concept_cards as cards
-from patch_retriever.report.stand_ins import top_items
-from patch_retriever.sae.codes import Codes
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages import load_readout
 
@@ -90,20 +88,6 @@ def test_a_card_says_what_the_patch_does_with_its_concept_and_why():
     assert cards.why(0.0, patch({})) == "the exported patch (gains) subtracts no concept"
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_top_items_are_the_largest_of_the_given_ones(seed):
-    generator = torch.Generator().manual_seed(seed)
-    codes_nc = torch.rand(30, 12, generator=generator)
-    codes_nc *= torch.rand(30, 12, generator=generator) < 0.3
-    items_n = torch.randperm(30, generator=generator)[:17]
-    for concept in range(12):
-        found = top_items(Codes.from_dense(codes_nc), items_n, concept, 4)
-        firing = [i for i in items_n.tolist() if codes_nc[i, concept] > 0]
-        wanted = sorted(firing, key=lambda i: -codes_nc[i, concept])[:4]
-        assert [top["item"] for top in found] == wanted
-        assert [top["value"] for top in found] == [float(codes_nc[i, concept]) for i in wanted]
-
-
 def test_pieces_are_the_items_words_and_where_else_the_concept_fires():
     tokens = ["<|user|>", " a", "\n", "<image>", " say", "<|end|>"]
     roles = ["special", "text", "text", "image", "instruction", "special"]
@@ -141,9 +125,7 @@ def carded(finished_build):
     sae, readout = load_sae(run / "sae"), load_readout(run / "readout")
 
     def make(table, some_patch):
-        return cards.concept_cards(
-            table, some_patch, features, collection, transformer, readout, sae, 16
-        )
+        return cards.concept_cards(table, some_patch, collection, transformer, readout, sae, 16)
 
     return make, pq.read_table(run / "score/concepts.parquet"), features, collection
 

@@ -11,12 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patch_retriever.backbones.families import decoder_path
+from patch_retriever.backbones.families import decoder_path, residual_norm
 from patch_retriever.backbones.readout import LAST
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from torch import Tensor, nn
+
+BEFORE_MLP = ".attention"
+"""How the site before a layer's MLP ends."""
 
 Edit = Callable[["Tensor"], "Tensor"]
 
@@ -24,8 +27,9 @@ Edit = Callable[["Tensor"], "Tensor"]
 class Probe:
     """nnsight around a `Transformer` and, where one is given, the `Pooling` after it.
 
-    Sites are `layers.N` (the residual stream after decoder layer N), `last_hidden_state` (what
-    the transformer gives to the pooling) and `pooled`.
+    Sites are `layers.N` (the residual stream after decoder layer N), `layers.N.attention` (before
+    that layer's MLP; to be read only), `last_hidden_state` (what the transformer gives to the
+    pooling) and `pooled`.
     """
 
     def __init__(self, transformer: Transformer, pooling: nn.Module | None = None) -> None:
@@ -37,6 +41,7 @@ class Probe:
             parts["pooling"] = pooling
         self._net = NNsight(nn.Sequential(parts))
         self._layers = f"transformer.model.{decoder_path(transformer.model)}.layers"
+        self._norm = residual_norm(transformer.model)
 
     def read(self, features: dict[str, Any], sites: Sequence[str]) -> dict[str, Tensor]:
         """Run one preprocessed batch and return the activations at `sites`.
@@ -52,7 +57,8 @@ class Probe:
         found: dict[str, Tensor] = {}
         with torch.no_grad(), self._net.trace(dict(features)) as tracer:
             for site, envoy in envoys:
-                found[site] = nnsight.save(_value(envoy.output, site))
+                read = envoy.input if site.endswith(BEFORE_MLP) else _value(envoy.output, site)
+                found[site] = nnsight.save(read)
             tracer.stop()
         return found
 
@@ -77,13 +83,17 @@ class Probe:
             return self._net.transformer
         if site == "pooled":
             return self._net.pooling
-        return self._net.get(f"{self._layers}.{site.removeprefix('layers.')}")
+        path = site.removeprefix("layers.")
+        if site.endswith(BEFORE_MLP):
+            path = path.removesuffix(BEFORE_MLP) + f".{self._norm}"
+        return self._net.get(f"{self._layers}.{path}")
 
 
-def _depth(site: str) -> int:
+def _depth(site: str) -> float:
     """Sites in the order in which the forward pass reaches them."""
     if site.startswith("layers."):
-        return int(site.removeprefix("layers."))
+        before = 0.5 if site.endswith(BEFORE_MLP) else 0.0
+        return int(site.removeprefix("layers.").removesuffix(BEFORE_MLP)) - before
     return {LAST: 10**6, "pooled": 10**6 + 1}[site]
 
 

@@ -41,3 +41,14 @@ def image_token_id(config: Any) -> int | None:
         if (value := getattr(config, name, None)) is not None:
             return int(value)
     return None
+
+
+def residual_norm(model: nn.Module) -> str | None:
+    """Name, inside a decoder layer, of the norm that reads the residual stream between attention
+    and MLP; None where the family has none (attention and MLP side by side, norms after them)."""
+    layer: Any = model.get_submodule(decoder_path(model) + ".layers.0")
+    if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma: the other one is after the attention
+        return "pre_feedforward_layernorm"
+    if hasattr(layer, "post_feedforward_layernorm"):  # OLMo 2: norms after both
+        return None
+    return "post_attention_layernorm" if hasattr(layer, "post_attention_layernorm") else None

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from patch_retriever import __version__
+from patch_retriever.cli.analyze import analyze
 from patch_retriever.cli.build import build
 from patch_retriever.cli.concepts import concepts
 from patch_retriever.cli.convert_sae import convert_sae
@@ -51,6 +52,7 @@ def main() -> None:
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
     patch-retriever explain demo "a red star" a.png   one similarity, part by part
+    patch-retriever analyze demo -o analysis          the paper's figures and tables about it
     """
 
 
@@ -58,6 +60,7 @@ for command in (
     build,
     concepts,
     explain,
+    analyze,
     train_sae,
     convert_sae,
     evaluate,

@@ -30,9 +30,6 @@ CodesOf = Literal["tokens", "pooled"]
 """What the SAE encodes: tokens, whose codes are then pooled as the activations are (as the SAE was
 trained), or pooled vectors (as the paper computes its scores)."""
 
-TEXT_DOMINANT = 0.8
-"""Modality score above which a concept is text-dominant."""
-
 CHUNK_FLOATS = 16_777_216
 """Numbers of an intermediate that are alive at a time (64 MiB in float32)."""
 

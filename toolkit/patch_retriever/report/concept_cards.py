@@ -11,13 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from patch_retriever.backbones.inputs import ROLES
-from patch_retriever.concepts.scores import TEXT_DOMINANT
-from patch_retriever.features import Features
+from patch_retriever.concepts.selection import TEXT_DOMINANT
 from patch_retriever.heat import TokenHeat, token_heat
-from patch_retriever.items import KINDS, Item
+from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.report.pictures import Shown, heat_overlay, show
-from patch_retriever.report.stand_ins import top_items
 from patch_retriever.retrieval.tasks import Collection
 
 if TYPE_CHECKING:
@@ -83,20 +81,19 @@ class ConceptCard:
 def concept_cards(
     table: pa.Table,
     patch: Patch,
-    features: Features,
     collection: Collection,
     transformer: Transformer,
     readout: Readout,
     sae: SparseAutoencoder,
     batch_size: int,
 ) -> list[ConceptCard]:
-    """Cards of the concepts that `choose` names; `features` and `collection` are calibration's."""
+    """Cards of the concepts that `choose` names; `collection` is calibration's."""
     strength_c = np.zeros(table.num_rows)
     if patch.subtract is not None:
         strength_c[patch.subtract.concepts_m.numpy()] = patch.subtract.strength_m.numpy()
     columns = {name: table[name].to_numpy() for name in SCORES if name in table.column_names}
     chosen = choose(columns, strength_c)
-    rows = _rows(table, list(chosen), features, collection.items)
+    rows = _rows(table, list(chosen), collection.items)
     numbers = sorted({top["item"] for row in rows for top in row["top_images"] + row["top_texts"]})
     items = [collection.items[number] for number in numbers]
     concepts = torch.tensor(list(chosen), dtype=torch.long)
@@ -134,16 +131,11 @@ def concept_cards(
     return cards
 
 
-def _rows(
-    table: pa.Table, concepts: list[int], features: Features, items: Sequence[Item]
-) -> list[dict[str, Any]]:
+def _rows(table: pa.Table, concepts: list[int], items: Sequence[Item]) -> list[dict[str, Any]]:
     """The table's rows of some concepts, with the first `TOP` different pictures and texts."""
     rows = table.take(concepts).to_pylist()
     for row in rows:
-        for kind, column in (("image", "top_images"), ("text", "top_texts")):
-            if column not in row:
-                of_kind = (features.kinds_n == KINDS.index(kind)).nonzero()[:, 0]
-                row[column] = top_items(features.codes, of_kind, row["concept"], 2 * TOP)
+        for column in ("top_images", "top_texts"):
             different: dict[Item, dict[str, Any]] = {}
             for top in row[column]:
                 different.setdefault(items[top["item"]], top)

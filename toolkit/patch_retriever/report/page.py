@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import patch_retriever
+from patch_retriever.concepts.query import TABLE
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
 from patch_retriever.features import Features
@@ -45,12 +46,11 @@ def write_report(
     metrics = json.loads((run / "sae" / "cfg.json").read_text())["metadata"]["metrics"]
     readout, patch = load_readout(run / "readout"), Patch.load(run / "select" / "patch")
     sae = load_sae(run / "sae").to(next(transformer.parameters()).device)
-    scores = pq.read_table(run / "score" / "concepts.parquet")
+    scores = pq.read_table(run / "score" / TABLE)
     energy_c, modality_c = scores["energy"].to_numpy(), scores["modality"].to_numpy()
     cards = concept_cards(
         scores,
         patch,
-        Features.load(run / "features" / "calibration.safetensors"),
         data.splits["calibration"],
         transformer,
         readout,

@@ -35,6 +35,9 @@ class Series:
     high: Sequence[float] | None = None
     control: bool = False
     """Drawn dashed and grey: what the others have to beat."""
+    like: str = ""
+    """The name of an earlier line that this one is the counterpart of: drawn dashed in its colour,
+    without a band or a place in the legend."""
 
 
 def lines(
@@ -52,10 +55,17 @@ def lines(
     axes.set_xscale(x_scale)
     if x_scale == "log":
         _plain_ticks(axes, {x for one in series for x in one.x})
+    colours: dict[str, Any] = {}
     for one in series:
-        style: dict[str, Any] = {"color": "#888888", "linestyle": "--"} if one.control else {}
-        (drawn,) = axes.plot(one.x, one.y, marker="o", markersize=3, label=one.name, **style)
-        if one.low is not None and one.high is not None:
+        style: dict[str, Any] = {"marker": "o", "markersize": 3, "label": one.name}
+        if one.control:
+            style |= {"color": "#888888", "linestyle": "--"}
+        elif one.like:
+            dashed = {"color": colours[one.like], "linestyle": "--", "marker": ""}
+            style |= dashed | {"label": "_"}
+        (drawn,) = axes.plot(one.x, one.y, **style)
+        colours[one.name] = drawn.get_color()
+        if one.low is not None and one.high is not None and not one.like:
             axes.fill_between(one.x, one.low, one.high, color=drawn.get_color(), alpha=0.15, lw=0)
     if level is not None:
         axes.axhline(level[1], color=INK, linestyle=":", linewidth=1, label=level[0])

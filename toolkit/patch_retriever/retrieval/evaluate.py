@@ -90,16 +90,28 @@ class PairedBootstrap:
             for name, n in queries_by_task.items()
         }
 
-    def task(self, a: Outcome, b: Outcome, task: str, cutoff: int = 0) -> Difference:
-        """a - b in R@`CUTOFFS[cutoff]` of one task."""
-        delta_q = (a.hits_by_task[task] - b.hits_by_task[task])[:, cutoff]
+    def task(self, a: Outcome, b: Outcome, task: str, cutoff: int | None = 0) -> Difference:
+        """a - b in R@`CUTOFFS[cutoff]` of one task; in the mean of all three for None."""
+        delta_q = _delta(a, b, task, cutoff)
         return _difference(float(delta_q.mean()), self._weights[task] @ delta_q)
 
-    def average(self, a: Outcome, b: Outcome) -> Difference:
-        """a - b in the score (mean of R@1, 5, 10 over tasks)."""
-        deltas = {t: (a.hits_by_task[t] - b.hits_by_task[t]).mean(1) for t in self._weights}
+    def average(
+        self,
+        a: Outcome,
+        b: Outcome,
+        cutoff: int | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Difference:
+        """a - b in the score (mean of R@1, 5, 10 over tasks), or in R@`CUTOFFS[cutoff]`; over
+        all tasks or some."""
+        deltas = {t: _delta(a, b, t, cutoff) for t in tasks or self._weights}
         draws = np.mean([self._weights[t] @ deltas[t] for t in deltas], axis=0)
         return _difference(float(np.mean([d.mean() for d in deltas.values()])), draws)
+
+
+def _delta(a: Outcome, b: Outcome, task: str, cutoff: int | None) -> NDArray[np.float64]:
+    delta_q3 = a.hits_by_task[task] - b.hits_by_task[task]
+    return delta_q3.mean(1) if cutoff is None else delta_q3[:, cutoff]
 
 
 def _difference(mean: float, draws: NDArray[np.float64]) -> Difference:

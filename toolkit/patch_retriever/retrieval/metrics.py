@@ -35,16 +35,14 @@ def ranks(
     A relevant document that ties with irrelevant ones ranks behind them, so that a model that
     gives everything the same vector finds nothing.
     """
-    most = max(len(r) for r in relevant)
-    scores_qk, found_qk = search(queries_qd, documents_nd, min(len(documents_nd), depth + most))
-    out_q = np.full(len(relevant), depth + 1)
-    for q, answers in enumerate(relevant):
-        hit_k = np.isin(found_qk[q], answers)
-        if hit_k.any():  # else at least `depth` irrelevant documents came first
-            best = scores_qk[q][hit_k].max()
-            ahead = int(((scores_qk[q] >= best) & ~hit_k).sum())
-            out_q[q] = min(ahead, depth) + 1
-    return out_q
+    most, n = max(len(r) for r in relevant), len(documents_nd)
+    scores_qk, found_qk = search(queries_qd, documents_nd, min(n, depth + most))
+    answers = np.concatenate([np.asarray(r) + n * q for q, r in enumerate(relevant)])
+    hit_qk = np.isin(found_qk + n * np.arange(len(relevant))[:, None], answers)
+    best_q1 = np.where(hit_qk, scores_qk, -np.inf).max(1, keepdims=True)
+    ahead_q = ((scores_qk >= best_q1) & ~hit_qk).sum(1)
+    # without a hit, at least `depth` irrelevant documents came first
+    return np.minimum(ahead_q, depth) + 1
 
 
 def hits(ranks_q: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch_retriever.concepts.scores import TEXT_DOMINANT
+from patch_retriever.concepts.selection import TEXT_DOMINANT, like_in_energy, unimodal
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
@@ -61,7 +61,7 @@ def rows_from_unpaired_items(c: Calibration) -> Iterator[Method]:
             "unimodal concepts removed",
             "unimodal ones",
             "unpaired items",
-            lambda eps: ((modality_c < eps) | (modality_c > 1 - eps)).float(),
+            lambda eps: unimodal(modality_c, eps).float(),
             [{"eps": eps} for eps in _UNIMODAL],
         ),
     )
@@ -132,14 +132,8 @@ def _removal(
 
 
 def _random_like(c: Calibration, strength_c: Tensor) -> Iterator[Tensor]:
-    """Draws of the same strengths on random concepts: concepts change places in the order of
-    energy, one for one, with others at most twenty places away."""
-    order = c.concepts.energy.argsort(descending=True)
+    """Draws of the same strengths on random concepts of about the same energy."""
     for draw in range(DRAWS):
-        generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
-        near = (
-            torch.arange(len(order)) + 20 * torch.rand(len(order), generator=generator)
-        ).argsort()
         moved_c = torch.empty_like(strength_c)
-        moved_c[order[near]] = strength_c[order]
+        moved_c[like_in_energy(c.concepts.energy, c.seed * 1000 + draw)] = strength_c
         yield moved_c

@@ -1,0 +1,146 @@
+"""The removal and pairs curves on the small build, against patches made one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patch_retriever.analysis.finished import open_build
+from patch_retriever.analysis.pairs import (
+    METHODS,
+    Fitted,
+    drawn,
+    draws_of,
+    numbers,
+    pairs_of,
+)
+from patch_retriever.analysis.removal import curve_of, random_like, removed_in_steps, selections
+from patch_retriever.patch import fit
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.operators import Subtract
+from patch_retriever.retrieval.evaluate import evaluate
+
+steady = settings(deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def build(finished_build):
+    return open_build(finished_build)
+
+
+@pytest.fixture(scope="module")
+def c(build):
+    return build.calibration
+
+
+def subtracting(c, concepts):
+    strength_c = torch.zeros(c.sae.n_concepts)
+    strength_c[concepts] = 1.0
+    return Subtract.from_sae(c.sae, strength_c)
+
+
+# removal
+
+
+def test_removal_in_steps_is_the_patch_that_subtracts_the_first_concepts(c):
+    ranking_m = torch.randperm(c.sae.n_concepts, generator=torch.Generator().manual_seed(1))
+    steps = [1, 5, 30, c.sae.n_concepts]
+    found = list(removed_in_steps(c.features, c.sae, ranking_m, steps))
+    for n, features in zip(steps, found, strict=True):
+        expected_nd = subtracting(c, ranking_m[:n]).on_pooled(
+            c.features.pooled_nd, c.features.codes
+        )
+        assert torch.allclose(features.pooled_nd, expected_nd, atol=1e-4)
+        assert torch.equal(features.mean_nd, c.features.mean_nd)  # what the gate sees
+
+
+def test_a_curve_is_that_of_exportable_patches(build, c):
+    ranking_m = selections(c)["attribution"][:6]
+    curve = curve_of(build, ranking_m, "validation")
+    assert curve.steps == [1, 2, 4, 6]
+    collection = build.data.splits["validation"]
+    for at, n in enumerate(curve.steps):
+        subtract = subtracting(c, ranking_m[:n])
+        by = c.sides[-1]
+        centre = fit.centre(c.vectors_after((), subtract), c.groups(by), by)
+        for then, maps in (("nothing", ()), ("centring", (centre,))):
+            patch = Patch(c.site, subtract, maps, c.gate)
+            expected = evaluate([patch], build.validation, collection)
+            assert curve.outcomes[then][at].score == pytest.approx(expected.score, abs=0.01)
+
+
+def test_selections_put_first_what_they_are_named_after(c):
+    scores, found = c.concepts, selections(c)
+    every = set(range(c.sae.n_concepts))
+    for name, score_c, sign in (
+        ("attribution", scores.attribution, 1),
+        ("discriminative attribution, raw", scores.discriminative, -1),
+        ("discriminative attribution, centred", scores.discriminative_centred, -1),
+    ):
+        ranked = (sign * score_c[found[name]]).tolist()
+        assert ranked == sorted(ranked, reverse=True)
+        assert set(found[name].tolist()) == every
+    for name, holds in (
+        ("text-dominant", lambda m: m > 0.8),
+        ("unimodal", lambda m: m < 0.05 or m > 0.95),
+    ):
+        energies = scores.energy[found[name]].tolist()
+        assert energies == sorted(energies, reverse=True)
+        assert set(found[name].tolist()) == {
+            i for i in every if float(scores.energy[i]) > 0 and holds(float(scores.modality[i]))
+        }
+
+
+def test_random_concepts_are_other_ones_of_about_the_same_energy(c):
+    ranking_m = selections(c)["attribution"][:32]
+    draws = random_like(c, ranking_m)
+    energy = c.concepts.energy
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws) == 3
+    for draw in draws:
+        assert not torch.equal(draw, ranking_m)
+        assert float(energy[draw].sum()) == pytest.approx(float(energy[ranking_m].sum()), rel=0.5)
+
+
+# pairs
+
+
+@steady
+@given(st.integers(1, 5000))
+def test_numbers_of_pairs_double_from_25_and_end_at_all(total):
+    found = numbers(total)
+    assert found[-1] == total
+    assert found[:-1] == [n for n in (25 * 2**i for i in range(20)) if n < total]
+    assert draws_of(total, total) == 1
+
+
+def test_fewer_pairs_are_among_more():
+    pairs_n2 = torch.arange(80).reshape(40, 2)
+    few, more = (drawn(pairs_n2, n, 7).tolist() for n in (10, 30))
+    assert few == more[:10]
+    assert len({tuple(pair) for pair in more}) == 30
+    assert drawn(pairs_n2, 10, 8).tolist() != few
+
+
+def test_pairs_are_of_the_named_task_only(build):
+    task = build.data.splits["calibration"].tasks[0]
+    pairs_n2 = pairs_of(task)
+    assert len(pairs_n2) == len(task.queries)
+    items = build.data.splits["calibration"].items
+    for query, document in pairs_n2.tolist()[:10]:
+        assert (items[query].kind, items[document].kind) == ("text", "image")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_depends_on_its_pairs_alone_among_pairs(name, build, c):
+    """Other pairs of calibration must not leak in: the curve would be flat."""
+    pairs_n2 = pairs_of(build.data.splits["calibration"].tasks[0])
+    first, second = (
+        next(METHODS[name](Fitted(c, pairs))) for pairs in (pairs_n2[:12], pairs_n2[12:])
+    )
+    again = next(METHODS[name](Fitted(c, pairs_n2[:12])))
+    embeddings = [patch.embed(build.test, 0) for patch in (first, again, second)]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.allclose(embeddings[0], embeddings[2], atol=1e-3)
+    assert torch.allclose(embeddings[0].norm(dim=1), torch.ones(len(embeddings[0])), atol=1e-4)

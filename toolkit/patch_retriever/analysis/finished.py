@@ -1,0 +1,211 @@
+"""A finished build as what an analysis starts from; with another SAE, if one is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+
+from patch_retriever.analysis.exhibit import Yardstick
+from patch_retriever.backbones.load import BUILT_IN
+from patch_retriever.backbones.readout import Readout
+from patch_retriever.build import sae_fingerprint
+from patch_retriever.config import BuildConfig
+from patch_retriever.data import SCENES, Data, pairs_data, scenes_data
+from patch_retriever.errors import UserError
+from patch_retriever.features import Features
+from patch_retriever.files import file_hash, value_hash
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.operators import Gate
+from patch_retriever.progress import Progress
+from patch_retriever.retrieval.evaluate import Outcome, evaluate
+from patch_retriever.runs import DONE, MARKER, Run, is_ours
+from patch_retriever.scoring import score
+from patch_retriever.stages import (
+    collect_splits,
+    learn_concepts,
+    load_calibration,
+    load_readout,
+)
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+
+_STAGES = ("data", "readout", "sae", "features", "score")
+_KNOWN = Gate(torch.tensor([[1.0], [1.0]]), torch.tensor([-0.5, -1.5]), 1.0)
+"""A gate that is told the kind of an item: an analysis knows it, and no gate has to be fitted."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a build left: its settings, data and readout, and where the results of its stages are.
+
+    `fingerprint` changes when any of them does.
+    """
+
+    config: BuildConfig
+    data: Data
+    readout: Readout
+    sae: Path
+    features: Path
+    concepts: Path
+    fingerprint: str
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What patches are fitted on.
+
+        Raises:
+            UserError: no concept of the SAE fires, so that there is nothing to select from.
+        """
+        loaded = load_calibration(
+            self.readout, self.data, self.features, self.sae, self.concepts, self.config.seed
+        )
+        found = replace(loaded, gate=_KNOWN, features=_telling_kinds(loaded.features))
+        if not bool((found.concepts.energy > 0).any()):
+            raise UserError(
+                f"{self.sae}: none of its concepts fires on these items; it is an SAE of other "
+                "activations, so take one of this model and site"
+            )
+        return found
+
+    def split(self, name: str) -> Features:
+        """The features of a split."""
+        return _telling_kinds(Features.load(self.features / f"{name}.safetensors"))
+
+    @cached_property
+    def test(self) -> Features:
+        """The features of the test split."""
+        return self.split("test")
+
+    @cached_property
+    def validation(self) -> Features:
+        """The features of the validation split."""
+        return self.split("validation")
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """The build's readout without a patch, on test."""
+        base = self.on_test([self.patch()])
+        return Yardstick(
+            base, f"no patch ({self.readout.name})", self.data.splits["test"], self.config.seed
+        )
+
+    def patch(self, *maps: Any) -> Patch:
+        """A patch of some maps on the pooled vector."""
+        return Patch(self.calibration.site, None, maps, self.calibration.gate)
+
+    def on_test(self, patches: Sequence[Patch]) -> Outcome:
+        """The mean outcome of patches on test."""
+        return evaluate(patches, self.test, self.data.splits["test"])
+
+    def on_validation(self, patches: Sequence[Patch]) -> Outcome:
+        """The mean outcome of patches on validation: for choices only."""
+        return evaluate(patches, self.validation, self.data.splits["validation"])
+
+
+def _telling_kinds(features: Features) -> Features:
+    """With the number of the kind in the place of what a gate looks at."""
+    return replace(features, mean_nd=features.kinds_n[:, None].float())
+
+
+def open_build(folder: Path) -> Finished:
+    """Read what a finished build left.
+
+    Raises:
+        UserError: it is no finished build, or one of its files is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one that `patch-retriever build` made")
+    if not is_ours(folder):
+        raise UserError(f"{folder}: not made by `patch-retriever build` ({MARKER} is missing)")
+    if not (folder / "modules.json").is_file():
+        raise UserError(f"{folder}: its build has not finished; run the same build again")
+    try:
+        config = BuildConfig.model_validate(json.loads((folder / MARKER).read_text()))
+    except (OSError, ValueError, ValidationError):
+        raise UserError(f"{folder / MARKER}: damaged; run the same build again") from None
+    run = folder / "run"
+    keys = [_check_stage(run / stage) for stage in _STAGES]
+    if config.pairs == SCENES:
+        data = scenes_data(config.scenes.model_dump(), config.seed)
+    else:
+        data = pairs_data(run / "data", config.model == BUILT_IN)
+    return Finished(
+        config,
+        data,
+        load_readout(run / "readout"),
+        run / "sae",
+        run / "features",
+        run / "score",
+        value_hash(keys),
+    )
+
+
+def _check_stage(folder: Path) -> str:
+    """The key of a finished stage, whose files all have their hash."""
+    again = "run the same build again"
+    try:
+        done = json.loads((folder / DONE).read_text())
+        key, files = done["key"], done["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder}: not there or not finished; {again}") from None
+    for name, sha256 in files:
+        path = folder / name
+        if not path.is_file() or file_hash(path) != sha256:
+            raise UserError(f"{path}: damaged or missing; {again}")
+    return key
+
+
+def with_sae(
+    run: Run,
+    build: Finished,
+    folder: Path,
+    sae: str,
+    transformer: Transformer,
+    progress: Progress,
+) -> Finished:
+    """The same build with somebody's SAE in place of its own: codes and scores are made again.
+
+    Raises:
+        UserError: it can't be read, or does not fit the site.
+    """
+    store = folder / "run" / "collect"
+    if not (store / DONE).is_file():
+        raise UserError(f"{store}: missing; another SAE needs it, run the same build again")
+    config = build.config.model_copy(update={"sae_from": sae})
+    given = run.stage(
+        "sae",
+        lambda made: learn_concepts(store, build.readout, config, made, progress),
+        build=build.fingerprint,
+        given=sae_fingerprint(sae),
+    )
+    features = run.stage(
+        "features",
+        lambda made: collect_splits(
+            transformer, build.data, build.readout, given, made, config.batch_size, progress
+        ),
+        after=("sae",),
+    )
+    concepts = run.stage(
+        "score",
+        lambda made: score(
+            transformer, build.data, build.readout, features, given, config.codes, made
+        ),
+        after=("features",),
+        codes=config.codes,
+    )
+    return replace(
+        build,
+        sae=given,
+        features=features,
+        concepts=concepts,
+        fingerprint=value_hash([build.fingerprint, sae_fingerprint(sae)]),
+    )

@@ -1,0 +1,214 @@
+"""The pairs curve: recall against the number of pairs that a method is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from patch_retriever.analysis.exhibit import Exhibit, Row, Yardstick, line, mean_outcome
+from patch_retriever.analysis.finished import Finished
+from patch_retriever.patch import fit
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.gains import GainSettings, learn_gains
+from patch_retriever.patch.operators import Subtract
+from patch_retriever.progress import Progress
+from patch_retriever.report import plots
+from patch_retriever.retrieval.evaluate import Outcome, evaluate
+from patch_retriever.retrieval.tasks import Collection, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DRAWS = 3
+"""Of the pairs, where not all are taken."""
+STRENGTHS = (0.1, 0.3, 0.5, 0.8)
+RIDGE_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method is fitted on: calibration, and the (text, image) pairs that it may see."""
+
+    c: Calibration
+    pairs_n2: Tensor
+
+
+def pairs_curve(build: Finished, progress: Progress) -> Exhibit:
+    """Gains, Procrustes, CCA and a linear map over the number of pairs."""
+    c = build.calibration
+    fitted_task = next(
+        (t for t in build.data.splits["calibration"].tasks if t.direction == "t->i"), None
+    )
+    if fitted_task is None:
+        return Exhibit([], note="Left out: these data have no task from texts to images.")
+    pairs_n2 = pairs_of(fitted_task)
+    works = [
+        (n, draw) for n in numbers(len(pairs_n2)) for draw in range(draws_of(n, len(pairs_n2)))
+    ]
+    validation = _only(build.data.splits["validation"], fitted_task.name)
+    found: dict[tuple[str, int], list[Outcome]] = {}
+    for n, draw in progress(works, len(works)):
+        fitted = Fitted(c, drawn(pairs_n2, n, c.seed * 1000 + draw))
+        for name, candidates in METHODS.items():
+            patches = list(candidates(fitted))
+            scores = [0.0]
+            if len(patches) > 1:
+                scores = [evaluate([p], build.validation, validation).score for p in patches]
+            best = patches[scores.index(max(scores))]
+            found.setdefault((name, n), []).append(build.on_test([best]))
+    return _exhibit(build, fitted_task.name, found, numbers(len(pairs_n2)))
+
+
+def numbers(total: int) -> list[int]:
+    """25, 50, 100, ... below `total`, and `total`."""
+    return [*(25 * 2**i for i in range(total.bit_length()) if 25 * 2**i < total), total]
+
+
+def draws_of(n: int, total: int) -> int:
+    """Several draws of a part, one of all."""
+    return 1 if n == total else DRAWS
+
+
+def drawn(pairs_n2: Tensor, n: int, seed: int) -> Tensor:
+    """n random pairs; of one seed, fewer are always among more."""
+    order = torch.randperm(len(pairs_n2), generator=torch.Generator().manual_seed(seed))
+    return pairs_n2[order[:n]]
+
+
+def pairs_of(task: Task) -> Tensor:
+    """(query, first relevant document) items of a task, (n, 2)."""
+    return torch.tensor(
+        [
+            (query, task.documents[relevant[0]])
+            for query, relevant in zip(task.queries, task.relevant, strict=True)
+        ]
+    )
+
+
+def _only(collection: Collection, task: str) -> Collection:
+    return replace(collection, tasks=tuple(t for t in collection.tasks if t.name == task))
+
+
+def _centre(c: Calibration, subtract: Subtract | None = None) -> Patch:
+    centre = fit.centre(c.vectors_after((), subtract), c.groups("modality"), "modality")
+    return Patch(c.site, subtract, (centre,), c.gate)
+
+
+def _gains(f: Fitted) -> Iterator[Patch]:
+    c = f.c
+    gains_c = learn_gains(
+        c.centred_nd, c.centred_codes_nc, c.sae.W_dec_cd, [f.pairs_n2], GainSettings(), c.seed
+    )
+    fires_c = c.features.codes.sum() > 0
+    yield _centre(c, Subtract.from_sae(c.sae, torch.where(fires_c, 1 - gains_c, 0.0)))
+
+
+def _principal_gains(f: Fitted) -> Iterator[Patch]:
+    c = f.c
+    x_nd = c.centred_nd.double()
+    vectors_dd = torch.linalg.eigh(x_nd.T @ x_nd).eigenvectors
+    gains_d = learn_gains(
+        c.centred_nd,
+        (x_nd @ vectors_dd).float(),
+        vectors_dd.T.float(),
+        [f.pairs_n2],
+        GainSettings(),
+        c.seed,
+    )
+    gains = fit.principal_gains(c.centred_nd, gains_d.double(), vectors_dd)
+    yield Patch(c.site, None, (*_centre(c).maps, gains), c.gate)
+
+
+def _procrustes(f: Fitted) -> Iterator[Patch]:
+    c = f.c
+    for beta in STRENGTHS:
+        whiten = fit.realign(c.features.pooled_nd, c.groups("modality"), "modality", beta)
+        turn = fit.procrustes(c.vectors_after((whiten,), None), c.kinds_n, {0: f.pairs_n2})
+        yield Patch(c.site, None, (whiten, turn), c.gate)
+
+
+def _cca(f: Fitted) -> Iterator[Patch]:
+    c = f.c
+    r = min(c.sae.d_in, 128)
+    for shrinkage in STRENGTHS:
+        step = fit.cca(c.features.pooled_nd, c.kinds_n, {0: f.pairs_n2}, shrinkage, r)
+        yield Patch(c.site, None, (step,), c.gate)
+
+
+def _ridge(f: Fitted) -> Iterator[Patch]:
+    c = f.c
+    for strength in RIDGE_STRENGTHS:
+        step = fit.ridge(c.features.pooled_nd, c.kinds_n, {0: f.pairs_n2}, strength)
+        yield Patch(c.site, None, (step,), c.gate)
+
+
+METHODS: dict[str, Callable[[Fitted], Iterator[Patch]]] = {
+    "learned gains": _gains,
+    "gains on principal components": _principal_gains,
+    "ReAlign, then Procrustes": _procrustes,
+    "CCA": _cca,
+    "linear map (ridge)": _ridge,
+}
+"""Each gives its patches, one per strength; validation chooses among them."""
+
+
+def _exhibit(
+    build: Finished, fitted: str, found: dict[tuple[str, int], list[Outcome]], ns: Sequence[int]
+) -> Exhibit:
+    yard = build.yardstick
+    centred = build.on_test([_centre(build.calibration)])
+    rows = yard.rows(_labels("no patch", fitted, 0, [yard.base]), yard.base)
+    rows += yard.rows(_labels("centring, per modality", fitted, 0, [centred]), centred)
+    summary = [
+        yard.summary({"method": "no patch", "pairs": 0}, yard.base),
+        yard.summary({"method": "centring, per modality", "pairs": 0}, centred),
+    ]
+    means: dict[str, list[Outcome]] = {}
+    for (name, n), draws in found.items():
+        mean = mean_outcome(draws)
+        means.setdefault(name, []).append(mean)
+        rows += yard.rows(_labels(name, fitted, n, draws), mean)
+        if n in (ns[0], ns[-1]):
+            summary.append(yard.summary({"method": name, "pairs": n}, mean))
+    others = [t.name for t in yard.collection.tasks if t.direction == "t->i" and t.name != fitted]
+    plot = partial(_figure, yard, means, centred, ns)
+    figures = {"": plot([fitted], f"fitted and tested on {fitted}")}
+    note = "These data have one caption style only, so nothing is said about others."
+    if others:
+        figures["-others"] = plot(others, f"fitted on {fitted}, tested on {', '.join(others)}")
+        note = f"Fitted on {fitted}; the CSV has every other task, too."
+    return Exhibit(rows, summary, figures, note)
+
+
+def _labels(method: str, fitted: str, n: int, draws: Sequence[Outcome]) -> Row:
+    scores = [draw.score for draw in draws]
+    return {
+        "method": method,
+        "fitted_on": fitted,
+        "pairs": n,
+        "draws": len(draws),
+        "average_score_lowest_draw": min(scores),
+        "average_score_highest_draw": max(scores),
+    }
+
+
+def _figure(
+    yard: Yardstick,
+    means: dict[str, list[Outcome]],
+    centred: Outcome,
+    ns: Sequence[int],
+    tasks: Sequence[str],
+    title: str,
+) -> Figure:
+    def curve(name: str, outcomes: Sequence[Outcome], control: bool = False) -> plots.Series:
+        return line(name, ns, [yard.band(o, 0, tasks) for o in outcomes], control=control)
+
+    series = [curve(name, outcomes) for name, outcomes in means.items()]
+    series.append(curve("centring, per modality", [centred] * len(ns), control=True))
+    return plots.lines(series, "pairs", "R@1 on test, %", title, x_scale="log")

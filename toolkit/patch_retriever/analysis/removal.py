@@ -1,0 +1,168 @@
+"""The removal curve: recall against the number of concepts subtracted, beside random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from patch_retriever.analysis.concepts import log_steps
+from patch_retriever.analysis.exhibit import Exhibit, Row, line, mean_outcome
+from patch_retriever.analysis.finished import Finished
+from patch_retriever.concepts.selection import TEXT_DOMINANT, like_in_energy, unimodal
+from patch_retriever.features import Features
+from patch_retriever.patch import fit
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.progress import Progress
+from patch_retriever.report import plots
+from patch_retriever.retrieval.evaluate import Outcome, evaluate
+from patch_retriever.sae.model import SparseAutoencoder
+
+DRAWS = 3
+"""Of the random concepts beside every selection."""
+THEN = ("nothing", "centring")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Outcomes of a split after each of `steps` removals, by what follows (`THEN`)."""
+
+    steps: Sequence[int]
+    outcomes: dict[str, list[Outcome]]
+
+
+def removal_curve(build: Finished, progress: Progress) -> Exhibit:
+    """Concepts subtracted in the order of each selection, and of random concepts like them."""
+    c = build.calibration
+    found = selections(c)
+    chosen = {name: ranking_m for name, ranking_m in found.items() if len(ranking_m)}
+    works = [
+        (name, kind, split, ranking_m)
+        for name, first_m in chosen.items()
+        for kind, split, ranking_m in (
+            ("selected", "test", first_m),
+            ("selected", "validation", first_m),
+            *(("random", "test", random_m) for random_m in random_like(c, first_m)),
+        )
+    ]
+    curves: dict[tuple[str, str, str], list[Curve]] = {}
+    for name, kind, split, ranking_m in progress(works, len(works)):
+        curve = curve_of(build, ranking_m, split)
+        curves.setdefault((name, kind, split), []).append(curve)
+    means = {key: _mean(draws) for key, draws in curves.items()}
+    return _exhibit(build, list(chosen), means, [name for name in found if name not in chosen])
+
+
+def selections(c: Calibration) -> dict[str, Tensor]:
+    """Concepts in the order in which each selection removes them; some select only a part."""
+    scores = c.concepts
+
+    def by(score_c: Tensor, of_c: Tensor | None = None) -> Tensor:
+        order = score_c.argsort(descending=True, stable=True)
+        return order if of_c is None else order[of_c[order]]
+
+    text_c = (scores.modality > TEXT_DOMINANT) & (scores.energy > 0)
+    return {
+        "attribution": by(scores.attribution),
+        "discriminative attribution, raw": by(-scores.discriminative),
+        "discriminative attribution, centred": by(-scores.discriminative_centred),
+        "text-dominant": by(scores.energy, text_c),
+        "unimodal": by(scores.energy, unimodal(scores.modality)),
+    }
+
+
+def random_like(c: Calibration, ranking_m: Tensor) -> list[Tensor]:
+    """Draws of random concepts, each of about the energy of the concept in its place."""
+    return [
+        like_in_energy(c.concepts.energy, c.seed * 1000 + draw)[ranking_m] for draw in range(DRAWS)
+    ]
+
+
+def removed_in_steps(
+    features: Features, sae: SparseAutoencoder, ranking_m: Tensor, steps: Sequence[int]
+) -> Iterator[Features]:
+    """The features without the first n concepts of a ranking, for every n in `steps`.
+
+    Every concept is subtracted once: what is removed is linear in the codes.
+    """
+    x_nd, before = features.pooled_nd, 0
+    for n in steps:
+        new_c = torch.zeros(sae.n_concepts, dtype=torch.bool)
+        new_c[ranking_m[before:n]] = True
+        codes = features.codes.kept(new_c[features.codes.concepts_e])
+        x_nd, before = x_nd - codes.matmul(sae.W_dec_cd), n
+        yield replace(features, pooled_nd=x_nd)
+
+
+def curve_of(build: Finished, ranking_m: Tensor, split: str) -> Curve:
+    """Outcomes on a split after 1, 2, 4, ... removals, with nothing after them and with
+    centring (as finely as can be exported)."""
+    c, by = build.calibration, build.calibration.sides[-1]
+    held_out, collection = (
+        build.test if split == "test" else build.validation,
+        build.data.splits[split],
+    )
+    steps = log_steps(len(ranking_m))
+    outcomes: dict[str, list[Outcome]] = {then: [] for then in THEN}
+    calibration = removed_in_steps(c.features, c.sae, ranking_m, steps)
+    judged = removed_in_steps(held_out, c.sae, ranking_m, steps)
+    for fitted_on, judged_on in zip(calibration, judged, strict=True):
+        centre = fit.centre(fitted_on.pooled_nd, c.groups(by), by)
+        for then, maps in zip(THEN, ((), (centre,)), strict=True):
+            patch = Patch(c.site, None, maps, c.gate)
+            outcomes[then].append(evaluate([patch], judged_on, collection))
+    return Curve(steps, outcomes)
+
+
+def _mean(draws: Sequence[Curve]) -> Curve:
+    outcomes = {
+        then: [mean_outcome(at) for at in zip(*(d.outcomes[then] for d in draws), strict=True)]
+        for then in THEN
+    }
+    return Curve(draws[0].steps, outcomes)
+
+
+def _exhibit(
+    build: Finished,
+    names: Sequence[str],
+    curves: dict[tuple[str, str, str], Curve],
+    empty: Sequence[str],
+) -> Exhibit:
+    yard = build.yardstick
+    nothing = {"selection": "none", "concepts": "none", "then": "nothing", "removed": 0}
+    rows: list[Row] = yard.rows(nothing, yard.base)
+    summary: list[Row] = []
+    figures = {}
+    for then in THEN:
+        series = []
+        for name in names:
+            for kind in ("selected", "random"):
+                curve = curves[name, kind, "test"]
+                outcomes = curve.outcomes[then]
+                for n, outcome in zip(curve.steps, outcomes, strict=True):
+                    labels = {"selection": name, "concepts": kind, "then": then, "removed": n}
+                    rows += yard.rows(labels, outcome)
+                bands = [yard.band(outcome) for outcome in outcomes]
+                label = name if kind == "selected" else f"random like {name}"
+                like = "" if kind == "selected" else name
+                series.append(line(label, curve.steps, bands, like=like))
+            on_validation = curves[name, "selected", "validation"].outcomes[then]
+            best = max(range(len(on_validation)), key=lambda i: on_validation[i].score)
+            for kind in ("selected", "random"):
+                curve = curves[name, kind, "test"]
+                concepts = name if kind == "selected" else "random, of the same energy"
+                labels = {"concepts": concepts, "removed": curve.steps[best], "then": then}
+                summary.append(yard.summary(labels, curve.outcomes[then][best]))
+        longest = max(curve.steps[-1] for curve in curves.values())
+        series.append(line("no patch", [1, longest], [yard.band(yard.base)] * 2, control=True))
+        title = f"then {then}; dashed: random concepts of the same energy"
+        figures["" if then == "nothing" else f"-{then}"] = plots.lines(
+            series, "concepts removed", "score on test, %", title, x_scale="log"
+        )
+    note = "In the table: as many concepts as validation chooses for each selection."
+    if empty:
+        note += f" Nothing to remove by: {', '.join(empty)} (no concept is so)."
+    return Exhibit(rows, summary, figures, note)
