@@ -12,19 +12,19 @@ import torch
 
 from conftest import SMALL_SCENES
 from patch_retriever.backbones.load import load_backbone
-from patch_retriever.concepts.scores import ConceptTable
+from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import SPLITS, scenes_data
 from patch_retriever.features import Features
 from patch_retriever.items import Item
 from patch_retriever.progress import no_progress
 from patch_retriever.runs import DONE
+from patch_retriever.scoring import score
 from patch_retriever.stages import (
     choose_readout,
     evaluate_on_test,
     load_calibration,
     load_readout,
-    score,
     select,
 )
 
@@ -47,10 +47,11 @@ def features(run, tmp_path):
     return shutil.copytree(run / "features", tmp_path / "features")
 
 
-def scored_and_selected(run, features, data, out):
+def scored_and_selected(run, model, features, data, out):
     """The stages between features and export, again; returns the calibration split."""
     readout = load_readout(run / "readout")
-    score(data, features, run / "sae", out / "score")
+    transformer = load_backbone(str(model))
+    score(transformer, data, readout, features, run / "sae", "tokens", out / "score")
     calibration = load_calibration(readout, data, features, run / "sae", out / "score", 0)
     select(calibration, data, features, readout, out / "select", no_progress)
     return calibration
@@ -88,10 +89,12 @@ def test_the_splits_share_no_scene_and_no_full_caption():
             assert not a & b
 
 
-def test_scores_patches_and_choices_are_bit_equal_when_test_is_poisoned(run, features, tmp_path):
+def test_scores_patches_and_choices_are_bit_equal_when_test_is_poisoned(
+    run, random_model, features, tmp_path
+):
     """`selection.json` holds the validation score of every patch that was tried."""
     poison(features, "test")
-    scored_and_selected(run, features, POISONED_DATA, tmp_path)
+    scored_and_selected(run, random_model, features, POISONED_DATA, tmp_path)
     for stage in ("score", "select"):
         assert contents(tmp_path / stage) == contents(run / stage), stage
 
@@ -103,12 +106,12 @@ def test_the_readout_is_chosen_without_test(run, random_model, tmp_path):
     assert contents(tmp_path) == contents(run / "readout")
 
 
-def test_choices_do_depend_on_validation(run, features, tmp_path):
+def test_choices_do_depend_on_validation(run, random_model, features, tmp_path):
     """So that the test above could fail."""
     found = Features.load(features / "validation.safetensors")
     wrong = replace(found, pooled_nd=found.pooled_nd.roll(1, 0))
     wrong.save(features / "validation.safetensors")
-    scored_and_selected(run, features, DATA, tmp_path)
+    scored_and_selected(run, random_model, features, DATA, tmp_path)
     assert contents(tmp_path / "score") == contents(run / "score")
     assert contents(tmp_path / "select") != contents(run / "select")
 

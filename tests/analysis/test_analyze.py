@@ -265,7 +265,7 @@ def test_an_unknown_name_is_told_the_known_ones(finished_build, tmp_path):
 def test_what_is_no_build_is_named(tmp_path):
     out = tmp_path / "out"
     assert fails(tmp_path / "nowhere", "-o", out).startswith(f"{tmp_path / 'nowhere'}: no such")
-    assert "not made by `patch-retriever build`" in fails(tmp_path, "-o", out)
+    assert "not made by patch-retriever" in fails(tmp_path, "-o", out)
     assert not out.exists()
 
 

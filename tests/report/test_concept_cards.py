@@ -149,7 +149,7 @@ def test_a_card_shows_different_items_the_most_active_first(carded):
                 assert (one.overlay is None) == (one.strongest_patch == 0)
 
 
-def test_a_card_takes_items_words_and_frequency_from_the_table_where_it_has_them(carded):
+def test_a_card_takes_items_words_and_frequency_from_the_table(carded):
     make, table, _, collection = carded
     images, texts = (
         [i for i, item in enumerate(collection.items) if item.kind == kind]
@@ -160,12 +160,14 @@ def test_a_card_takes_items_words_and_frequency_from_the_table_where_it_has_them
     def column(of_row):
         return pa.array([of_row(row) for row in range(n)])
 
-    table = (
-        table.append_column("top_images", column(lambda _: [{"item": images[0], "value": 2.5}]))
-        .append_column("top_texts", column(lambda _: [{"item": texts[1], "value": 0.5}] * 3))
-        .append_column("tokens", column(lambda row: [f"word{row}", "other"]))
-        .append_column("frequency", column(lambda row: row / n))
-    )
+    columns = {
+        "top_images": column(lambda _: [{"item": images[0], "value": 2.5}]),
+        "top_texts": column(lambda _: [{"item": texts[1], "value": 0.5}] * 3),
+        "tokens": column(lambda row: [f"word{row}", "other"]),
+        "frequency": column(lambda row: row / n),
+    }
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, values)
     for card in make(table, patch({3: 1.0})):
         assert card.tokens == (f"word{card.concept}", "other")
         assert card.scores["share of items"] == card.concept / n

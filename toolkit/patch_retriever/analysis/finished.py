@@ -26,7 +26,7 @@ from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.operators import Gate
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
-from patch_retriever.runs import DONE, MARKER, Run, is_ours
+from patch_retriever.runs import DONE, MARKER, Run, check_finished
 from patch_retriever.scoring import score
 from patch_retriever.stages import (
     collect_splits,
@@ -122,12 +122,7 @@ def open_build(folder: Path) -> Finished:
     Raises:
         UserError: it is no finished build, or one of its files is damaged.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one that `patch-retriever build` made")
-    if not is_ours(folder):
-        raise UserError(f"{folder}: not made by `patch-retriever build` ({MARKER} is missing)")
-    if not (folder / "modules.json").is_file():
-        raise UserError(f"{folder}: its build has not finished; run the same build again")
+    check_finished(folder)
     try:
         config = BuildConfig.model_validate(json.loads((folder / MARKER).read_text()))
     except (OSError, ValueError, ValidationError):
