@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from patch_retriever.analysis.finished import open_build
 from patch_retriever.analysis.pairs import (
     METHODS,
-    Fitted,
+    Style,
     drawn,
     draws_of,
     numbers,
@@ -135,12 +135,24 @@ def test_pairs_are_of_the_named_task_only(build):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_depends_on_its_pairs_alone_among_pairs(name, build, c):
     """Other pairs of calibration must not leak in: the curve would be flat."""
-    pairs_n2 = pairs_of(build.data.splits["calibration"].tasks[0])
-    first, second = (
-        next(METHODS[name](Fitted(c, pairs))) for pairs in (pairs_n2[:12], pairs_n2[12:])
+    task = build.data.splits["calibration"].tasks[0]
+    style, pairs_n2 = Style.of(c, task), pairs_of(task)
+    first, second, again = (
+        next(METHODS[name](style, pairs)) for pairs in (pairs_n2[:12], pairs_n2[12:], pairs_n2[:12])
     )
-    again = next(METHODS[name](Fitted(c, pairs_n2[:12])))
     embeddings = [patch.embed(build.test, 0) for patch in (first, again, second)]
     assert torch.equal(embeddings[0], embeddings[1])
     assert not torch.allclose(embeddings[0], embeddings[2], atol=1e-3)
     assert torch.allclose(embeddings[0].norm(dim=1), torch.ones(len(embeddings[0])), atol=1e-4)
+
+
+def test_a_style_knows_its_own_texts_and_all_images(build, c):
+    collection = build.data.splits["calibration"]
+    task = collection.tasks[0]
+    style = Style.of(c, task)
+    for item, kind in enumerate(style.kinds_n.tolist()):
+        true = {"text": 0, "image": 1, "both": 2}[collection.items[item].kind]
+        assert kind == (-1 if true == 0 and item not in task.queries else true)
+    assert torch.allclose(style.centred_nd[list(task.queries)].mean(0), torch.zeros(32), atol=1e-4)
+    others = [i for i, kind in enumerate(style.kinds_n.tolist()) if kind == -1]
+    assert torch.equal(style.centred_nd[others], c.features.pooled_nd[others])

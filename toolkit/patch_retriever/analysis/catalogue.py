@@ -109,8 +109,8 @@ CATALOGUE: dict[str, Entry] = {
         "ReAlign then Procrustes, CCA, and a linear map (ridge). Tested on the style that was "
         "fitted and on the others: an alignment that holds for one style only is a win on that "
         "style only. Means over three draws of the pairs; unpaired statistics (means, covariances) "
-        "come from all of calibration, strengths from validation on the fitted style, numbers from "
-        "test; bands are 95% intervals (bootstrap over queries).",
+        "come from images and texts of that style, strengths from validation on it, recalls "
+        "from test; bands are 95% intervals (bootstrap over queries).",
     ),
 }
 

@@ -133,6 +133,7 @@ def beta_figure(build: Finished, progress: Progress) -> Exhibit:
     rows: list[Row] = []
     summary: list[Row] = []
     series = []
+    tasks = [t.name for t in yard.collection.tasks if t.direction == "i->t"][:1]
     for by in (BY_TASK, BY_MODALITY):
         outcomes = []
         for beta in progress(BETAS, len(BETAS)):
@@ -143,13 +144,12 @@ def beta_figure(build: Finished, progress: Progress) -> Exhibit:
             validation = f"{100 * on_validation:.1f}"
             said = {"statistics": by, "beta": f"{beta:g}", "score on validation": validation}
             summary.append(yard.summary(said, outcomes[-1]))
-        series.append(line(f"score, {by}", BETAS, [yard.band(o) for o in outcomes]))
-        for direction in ("i->t", "t->i"):
-            tasks = [t.name for t in yard.collection.tasks if t.direction == direction][:1]
-            if tasks:
-                bands = [yard.band(o, 0, tasks) for o in outcomes]
-                series.append(line(f"R@1 {tasks[0]}, {by}", BETAS, bands))
+        series.append(line(by, BETAS, [yard.band(o) for o in outcomes]))
+        if tasks:
+            bands = [yard.band(o, 0, tasks) for o in outcomes]
+            series.append(line(f"{tasks[0]}, {by}", BETAS, bands, like=by))
     base = [yard.band(yard.base)] * len(BETAS)
-    series.append(line("score without a patch", BETAS, base, control=True))
-    axis = "beta (0 ZCA, 1 centring)"
-    return Exhibit(rows, summary, {"": plots.lines(series, axis, "score or R@1 on test, %")})
+    series.append(line("no patch", BETAS, base, control=True))
+    title = f"solid: score; dashed: R@1 of {tasks[0]}" if tasks else ""
+    figure = plots.lines(series, "beta (0 ZCA, 1 centring)", "on test, %", title)
+    return Exhibit(rows, summary, {"": figure})

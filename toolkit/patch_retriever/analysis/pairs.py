@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.gains import GainSettings, learn_gains
-from patch_retriever.patch.operators import Subtract
+from patch_retriever.patch.operators import Affine, Subtract
 from patch_retriever.progress import Progress
 from patch_retriever.report import plots
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
@@ -32,11 +32,43 @@ RIDGE_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What a method is fitted on: calibration, and the (text, image) pairs that it may see."""
+class Style:
+    """What a method may learn from besides pairs: all images, and the texts of one caption style.
+
+    `kinds_n` are the kinds of calibration's items; texts of other styles are of none (-1). The
+    mean of all texts would leave each style an offset that costs more than the pairs bring.
+    """
 
     c: Calibration
-    pairs_n2: Tensor
+    kinds_n: Tensor
+
+    @classmethod
+    def of(cls, c: Calibration, task: Task) -> Style:
+        """The style in which a task asks for images."""
+        mine_n = torch.zeros(len(c.kinds_n), dtype=torch.bool)
+        mine_n[list(task.queries)] = True
+        return cls(c, torch.where((c.kinds_n == 0) & ~mine_n, -1, c.kinds_n.long()))
+
+    @cached_property
+    def groups(self) -> list[Tensor]:
+        """The items of each kind."""
+        return [(self.kinds_n == kind).nonzero()[:, 0] for kind in range(3)]
+
+    @cached_property
+    def centred_nd(self) -> Tensor:
+        """Pooled vectors less the mean of their kind."""
+        return self._centred(self.c.features.pooled_nd)
+
+    @cached_property
+    def centred_codes_nc(self) -> Tensor:
+        """Pooled codes less the mean of their kind."""
+        return self._centred(self.c.features.codes.dense())
+
+    def _centred(self, x_nd: Tensor) -> Tensor:
+        x_nd = x_nd.clone()
+        for rows in self.groups:
+            x_nd[rows] -= x_nd[rows].mean(0)
+        return x_nd
 
 
 def pairs_curve(build: Finished, progress: Progress) -> Exhibit:
@@ -47,22 +79,22 @@ def pairs_curve(build: Finished, progress: Progress) -> Exhibit:
     )
     if fitted_task is None:
         return Exhibit([], note="Left out: these data have no task from texts to images.")
-    pairs_n2 = pairs_of(fitted_task)
+    style, pairs_n2 = Style.of(c, fitted_task), pairs_of(fitted_task)
     works = [
         (n, draw) for n in numbers(len(pairs_n2)) for draw in range(draws_of(n, len(pairs_n2)))
     ]
     validation = _only(build.data.splits["validation"], fitted_task.name)
     found: dict[tuple[str, int], list[Outcome]] = {}
     for n, draw in progress(works, len(works)):
-        fitted = Fitted(c, drawn(pairs_n2, n, c.seed * 1000 + draw))
+        some_n2 = drawn(pairs_n2, n, c.seed * 1000 + draw)
         for name, candidates in METHODS.items():
-            patches = list(candidates(fitted))
+            patches = list(candidates(style, some_n2))
             scores = [0.0]
             if len(patches) > 1:
                 scores = [evaluate([p], build.validation, validation).score for p in patches]
             best = patches[scores.index(max(scores))]
             found.setdefault((name, n), []).append(build.on_test([best]))
-    return _exhibit(build, fitted_task.name, found, numbers(len(pairs_n2)))
+    return _exhibit(build, style, fitted_task.name, found, numbers(len(pairs_n2)))
 
 
 def numbers(total: int) -> list[int]:
@@ -95,60 +127,69 @@ def _only(collection: Collection, task: str) -> Collection:
     return replace(collection, tasks=tuple(t for t in collection.tasks if t.name == task))
 
 
-def _centre(c: Calibration, subtract: Subtract | None = None) -> Patch:
-    centre = fit.centre(c.vectors_after((), subtract), c.groups("modality"), "modality")
-    return Patch(c.site, subtract, (centre,), c.gate)
+def _centre(style: Style, subtract: Subtract | None = None) -> Patch:
+    x_nd = style.c.vectors_after((), subtract)
+    centre = fit.centre(x_nd, style.groups, "modality")
+    return Patch(style.c.site, subtract, (centre,), style.c.gate)
 
 
-def _gains(f: Fitted) -> Iterator[Patch]:
-    c = f.c
+def _mapped(style: Style, *maps: Affine) -> Patch:
+    return Patch(style.c.site, None, maps, style.c.gate)
+
+
+def _gains(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
+    c = style.c
+    dictionary_cd = c.sae.W_dec_cd
     gains_c = learn_gains(
-        c.centred_nd, c.centred_codes_nc, c.sae.W_dec_cd, [f.pairs_n2], GainSettings(), c.seed
-    )
-    fires_c = c.features.codes.sum() > 0
-    yield _centre(c, Subtract.from_sae(c.sae, torch.where(fires_c, 1 - gains_c, 0.0)))
-
-
-def _principal_gains(f: Fitted) -> Iterator[Patch]:
-    c = f.c
-    x_nd = c.centred_nd.double()
-    vectors_dd = torch.linalg.eigh(x_nd.T @ x_nd).eigenvectors
-    gains_d = learn_gains(
-        c.centred_nd,
-        (x_nd @ vectors_dd).float(),
-        vectors_dd.T.float(),
-        [f.pairs_n2],
+        style.centred_nd,
+        style.centred_codes_nc,
+        dictionary_cd,
+        [pairs_n2],
         GainSettings(),
         c.seed,
     )
-    gains = fit.principal_gains(c.centred_nd, gains_d.double(), vectors_dd)
-    yield Patch(c.site, None, (*_centre(c).maps, gains), c.gate)
+    fires_c = c.features.codes.sum() > 0
+    yield _centre(style, Subtract.from_sae(c.sae, torch.where(fires_c, 1 - gains_c, 0.0)))
 
 
-def _procrustes(f: Fitted) -> Iterator[Patch]:
-    c = f.c
+def _principal_gains(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
+    x_nd = style.centred_nd.double()
+    seen_nd = x_nd[style.kinds_n >= 0]
+    vectors_dd = torch.linalg.eigh(seen_nd.T @ seen_nd).eigenvectors
+    gains_d = learn_gains(
+        style.centred_nd,
+        (x_nd @ vectors_dd).float(),
+        vectors_dd.T.float(),
+        [pairs_n2],
+        GainSettings(),
+        style.c.seed,
+    )
+    gains = fit.principal_gains(style.centred_nd, gains_d.double(), vectors_dd)
+    yield _mapped(style, *_centre(style).maps, gains)
+
+
+def _procrustes(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
+    c = style.c
     for beta in STRENGTHS:
-        whiten = fit.realign(c.features.pooled_nd, c.groups("modality"), "modality", beta)
-        turn = fit.procrustes(c.vectors_after((whiten,), None), c.kinds_n, {0: f.pairs_n2})
-        yield Patch(c.site, None, (whiten, turn), c.gate)
+        whiten = fit.realign(c.features.pooled_nd, style.groups, "modality", beta)
+        x_nd = c.vectors_after((whiten,), None)
+        yield _mapped(style, whiten, fit.procrustes(x_nd, style.kinds_n, {0: pairs_n2}))
 
 
-def _cca(f: Fitted) -> Iterator[Patch]:
-    c = f.c
-    r = min(c.sae.d_in, 128)
+def _cca(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
+    x_nd = style.c.features.pooled_nd
+    r = min(x_nd.shape[1], 128)
     for shrinkage in STRENGTHS:
-        step = fit.cca(c.features.pooled_nd, c.kinds_n, {0: f.pairs_n2}, shrinkage, r)
-        yield Patch(c.site, None, (step,), c.gate)
+        yield _mapped(style, fit.cca(x_nd, style.kinds_n, {0: pairs_n2}, shrinkage, r))
 
 
-def _ridge(f: Fitted) -> Iterator[Patch]:
-    c = f.c
+def _ridge(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
+    x_nd = style.c.features.pooled_nd
     for strength in RIDGE_STRENGTHS:
-        step = fit.ridge(c.features.pooled_nd, c.kinds_n, {0: f.pairs_n2}, strength)
-        yield Patch(c.site, None, (step,), c.gate)
+        yield _mapped(style, fit.ridge(x_nd, style.kinds_n, {0: pairs_n2}, strength))
 
 
-METHODS: dict[str, Callable[[Fitted], Iterator[Patch]]] = {
+METHODS: dict[str, Callable[[Style, Tensor], Iterator[Patch]]] = {
     "learned gains": _gains,
     "gains on principal components": _principal_gains,
     "ReAlign, then Procrustes": _procrustes,
@@ -159,10 +200,14 @@ METHODS: dict[str, Callable[[Fitted], Iterator[Patch]]] = {
 
 
 def _exhibit(
-    build: Finished, fitted: str, found: dict[tuple[str, int], list[Outcome]], ns: Sequence[int]
+    build: Finished,
+    style: Style,
+    fitted: str,
+    found: dict[tuple[str, int], list[Outcome]],
+    ns: Sequence[int],
 ) -> Exhibit:
     yard = build.yardstick
-    centred = build.on_test([_centre(build.calibration)])
+    centred = build.on_test([_centre(style)])
     rows = yard.rows(_labels("no patch", fitted, 0, [yard.base]), yard.base)
     rows += yard.rows(_labels("centring, per modality", fitted, 0, [centred]), centred)
     summary = [
