@@ -21,7 +21,7 @@ from patch_retriever import build_retriever
 from patch_retriever.errors import UserError
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.progress import silent
-from patch_retriever.stages import load_readout
+from patch_retriever.stages.readout import load_readout
 
 STAGES = (
     "readout",

@@ -19,7 +19,7 @@ from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.report import concept_cards as cards
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.stages import load_readout
+from patch_retriever.stages.readout import load_readout
 
 
 def columns_of(c: int, seed: int) -> dict[str, np.ndarray]:

@@ -31,16 +31,12 @@ from patch_retriever.report.page import write_report
 from patch_retriever.retrieval.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.scoring import score
-from patch_retriever.stages import (
-    choose_readout,
-    collect_splits,
-    evaluate_on_test,
-    learn_concepts,
-    load_calibration,
-    load_readout,
-    select,
-)
+from patch_retriever.stages.evaluation import evaluate_on_test
+from patch_retriever.stages.features import collect_splits
+from patch_retriever.stages.readout import choose_readout, load_readout
+from patch_retriever.stages.sae import learn_concepts
+from patch_retriever.stages.scoring import score
+from patch_retriever.stages.selection import load_calibration, select
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from patch_retriever.report.page import REPORT
 from patch_retriever.report.table import EXPLANATION, setting_text
 from patch_retriever.retriever import PatchedRetriever
 from patch_retriever.runs import DONE
-from patch_retriever.stages import load_readout
+from patch_retriever.stages.readout import load_readout
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer

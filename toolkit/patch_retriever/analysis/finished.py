@@ -27,13 +27,11 @@ from patch_retriever.patch.operators import Gate
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.runs import DONE, MARKER, Run, check_finished
-from patch_retriever.scoring import score
-from patch_retriever.stages import (
-    collect_splits,
-    learn_concepts,
-    load_calibration,
-    load_readout,
-)
+from patch_retriever.stages.features import collect_splits
+from patch_retriever.stages.readout import load_readout
+from patch_retriever.stages.sae import learn_concepts
+from patch_retriever.stages.scoring import score
+from patch_retriever.stages.selection import load_calibration
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer

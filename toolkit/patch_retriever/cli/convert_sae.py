@@ -40,7 +40,7 @@ def convert_sae(
     from patch_retriever.cli.progress import quiet_libraries
     from patch_retriever.errors import UserError
     from patch_retriever.sae.formats import load_sae, push_sae, save_sae
-    from patch_retriever.stages import adopt_sae
+    from patch_retriever.stages.sae import adopt_sae
 
     quiet_libraries()
     if (out / "cfg.json").exists():

@@ -22,7 +22,7 @@ from patch_retriever.report.figures import energy_figure, modality_figure, valid
 from patch_retriever.report.gallery import gallery
 from patch_retriever.report.table import EXPLANATION, NEEDS, setting_text
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.stages import load_readout
+from patch_retriever.stages.readout import load_readout
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patch_retriever.features import Features
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
@@ -60,6 +62,12 @@ def evaluate_embeddings(
             for task in collection.tasks
         }
     )
+
+
+def evaluate_pooled(pooled_nd: Tensor, collection: Collection) -> Outcome:
+    """Outcome of pooled vectors as they are, normalised; the same for queries and documents."""
+    unit_nd = torch.nn.functional.normalize(pooled_nd, dim=1).numpy()
+    return evaluate_embeddings(unit_nd, unit_nd, collection)
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,10 @@ from patch_retriever.features import Features
 from patch_retriever.items import Item
 from patch_retriever.progress import no_progress
 from patch_retriever.runs import DONE
-from patch_retriever.scoring import score
-from patch_retriever.stages import (
-    choose_readout,
-    evaluate_on_test,
-    load_calibration,
-    load_readout,
-    select,
-)
+from patch_retriever.stages.evaluation import evaluate_on_test
+from patch_retriever.stages.readout import choose_readout, load_readout
+from patch_retriever.stages.scoring import score
+from patch_retriever.stages.selection import load_calibration, select
 
 DATA = scenes_data(SMALL_SCENES, 0)
 POISONED_DATA = replace(

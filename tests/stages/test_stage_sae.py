@@ -18,7 +18,7 @@ from patch_retriever.patch.artefact import Patch
 from patch_retriever.progress import no_progress
 from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.model import SparseAutoencoder
-from patch_retriever.stages import adopt_sae, learn_concepts
+from patch_retriever.stages.sae import adopt_sae, learn_concepts
 from synthetic import directions, sparse_tokens, write_store
 
 MEAN, LAST_TOKEN = Readout(ONE_WORD, LAST, "mean"), Readout(ONE_WORD, LAST, "lasttoken")

@@ -19,8 +19,8 @@ from patch_retriever.retrieval.negatives import hard_negatives
 from patch_retriever.retrieval.tasks import Collection
 from patch_retriever.sae.codes import Codes
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.scoring import score
-from patch_retriever.stages import load_readout
+from patch_retriever.stages.readout import load_readout
+from patch_retriever.stages.scoring import score
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,129 @@
+"""The stage that chooses every method's setting, and the method, on validation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import patch_retriever
+from patch_retriever.backbones.readout import Readout
+from patch_retriever.concepts.query import TABLE
+from patch_retriever.concepts.table import ConceptTable
+from patch_retriever.data import Data
+from patch_retriever.features import Features
+from patch_retriever.files import write_json
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.fit import fit_gate
+from patch_retriever.patch.methods import methods
+from patch_retriever.progress import Progress
+from patch_retriever.retrieval.evaluate import evaluate
+from patch_retriever.sae.formats import load_sae
+
+
+def load_calibration(
+    readout: Readout, data: Data, features: Path, sae_folder: Path, concepts: Path, seed: int
+) -> Calibration:
+    """What the methods learn from, and a gate where it holds on validation too."""
+    found = Features.load(features / "calibration.safetensors")
+    held_out = Features.load(features / "validation.safetensors")
+    gate = fit_gate(found.mean_nd, found.kinds_n)
+    if gate is not None and not bool((gate.kinds(held_out.mean_nd) == held_out.kinds_n).all()):
+        gate = None
+    collection = data.splits["calibration"]
+    queries = sorted({i for task in collection.tasks for i in task.queries})
+    documents = sorted({i for task in collection.tasks for i in task.documents})
+    directions = dict.fromkeys(task.direction for task in collection.tasks)
+    return Calibration(
+        readout.site,
+        found,
+        load_sae(sae_folder),
+        ConceptTable.load(concepts / TABLE),
+        gate,
+        torch.tensor(queries),
+        torch.tensor(documents),
+        {direction: torch.from_numpy(collection.pairs((direction,))) for direction in directions},
+        seed,
+    )
+
+
+def select(
+    calibration: Calibration,
+    data: Data,
+    features: Path,
+    readout: Readout,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Every method's best setting on validation, and the best method of all.
+
+    Writes `selection.json` and the best method's patch, with its reasons, under `patch/`. A setting
+    that selects no concept is not tried; a method without any other is named under `left_out`.
+    """
+    held_out, collection = (
+        Features.load(features / "validation.safetensors"),
+        data.splits["validation"],
+    )
+    choices: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    best_patch, best_score = None, -1.0
+    found = list(methods(calibration))
+    for method in progress(found, len(found)):
+        scored = []
+        for setting in method.grid:
+            patches = method.make(**setting)
+            if not patches:
+                continue
+            scored.append((evaluate(patches, held_out, collection).score, setting))
+            if not method.control and scored[-1][0] > best_score:
+                (best_patch,), best_score, chosen = patches, scored[-1][0], len(choices)
+        if not scored:
+            left_out.append(method.name)
+            continue
+        top, setting = max(scored, key=lambda pair: pair[0])
+        choices.append(
+            {
+                "method": method.name,
+                "needs": method.needs,
+                "control": method.control,
+                "setting": setting,
+                "validation_score": top,
+                "tried": [{"setting": s, "validation_score": v} for v, s in scored],
+            }
+        )
+    assert best_patch is not None
+    exported = choices[chosen]["method"]
+    write_json(
+        folder / "selection.json",
+        {"exported": exported, "methods": choices, "left_out": left_out},
+    )
+    about = _provenance(best_patch, calibration, readout, choices[chosen])
+    replace(best_patch, about=about).save(folder / "patch")
+
+
+def _provenance(
+    patch: Patch, calibration: Calibration, readout: Readout, choice: dict[str, Any]
+) -> dict[str, Any]:
+    """How a patch was made: readout, method, and every concept with strength, reason and scores."""
+    concepts = []
+    if patch.subtract is not None:
+        scores = vars(calibration.concepts)
+        for number, strength in zip(
+            patch.subtract.concepts_m.tolist(), patch.subtract.strength_m.tolist(), strict=True
+        ):
+            entry = {
+                name: float(f"{float(score_c[number]):.6g}") for name, score_c in scores.items()
+            }
+            concepts.append({"concept": number, "strength": float(f"{strength:.6g}"), **entry})
+    return {
+        "made_by": f"patch-retriever {patch_retriever.__version__}",
+        "readout": readout.to_json(),
+        "method": choice["method"],
+        "needs": choice["needs"],
+        "setting": choice["setting"],
+        "reason": patch.about.get("reason", ""),
+        "concepts": concepts,
+    }
