@@ -284,6 +284,19 @@ def test_a_missing_or_damaged_stage_is_named(copy, tmp_path, stage):
     assert f"{copy / 'run' / stage}: not there" in fails(copy, "-o", tmp_path / "out")
 
 
+def test_a_run_of_another_backbone_is_named(copy, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = copy / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 1
+    weights.unlink()  # a link to the build's own
+    save_file(tensors, weights, {"format": "pt"})
+    line = fails(copy, "-o", tmp_path / "out", "--only", "table5")
+    assert line.startswith(f"{weights}: not the backbone that this run was made with")
+
+
 def test_an_sae_of_another_width_is_named(finished_build, tmp_path):
     save_sae(make_sae(d=16), tmp_path / "sae")
     line = fails(finished_build, "-o", tmp_path / "out", "--sae", tmp_path / "sae", "--json")

@@ -17,7 +17,7 @@ from patch_retriever.analysis.concepts import (
     overlap_table,
 )
 from patch_retriever.analysis.exhibit import RESULT, Exhibit, section
-from patch_retriever.analysis.finished import Finished, open_build, with_sae
+from patch_retriever.analysis.finished import Finished, check_backbone, open_build, with_sae
 from patch_retriever.analysis.geometry import beta_figure, removal_table, whitening_table
 from patch_retriever.analysis.pairs import pairs_curve
 from patch_retriever.analysis.readouts import (
@@ -165,6 +165,7 @@ def _of_prompt(
 
 def _backbone(folder: Path, build: Finished, device: str | None) -> Transformer:
     """The backbone as the export holds it: the build's own model may lie elsewhere by now."""
+    check_backbone(folder)
     return load_backbone(str(folder), build.config.dtype, device or build.config.device)
 
 

@@ -36,6 +36,7 @@ from patch_retriever.stages.selection import load_calibration
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
 
+_AGAIN = "run the same build again"
 _STAGES = ("data", "readout", "sae", "features", "score")
 _KNOWN = Gate(torch.tensor([[1.0], [1.0]]), torch.tensor([-0.5, -1.5]), 1.0)
 """A gate that is told the kind of an item: an analysis knows it, and no gate has to be fitted."""
@@ -142,19 +143,38 @@ def open_build(folder: Path) -> Finished:
     )
 
 
+def check_backbone(folder: Path) -> None:
+    """Refuse a folder whose weights are not those that its build was made with.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    _, files = _finished(folder / "run" / "export")
+    for name, sha256 in files.items():
+        path = folder / name
+        if path.suffix == ".safetensors" and (not path.is_file() or file_hash(path) != sha256):
+            raise UserError(
+                f"{path}: not the backbone that this run was made with; run the same build again"
+            )
+
+
 def _check_stage(folder: Path) -> str:
     """The key of a finished stage, whose files all have their hash."""
-    again = "run the same build again"
-    try:
-        done = json.loads((folder / DONE).read_text())
-        key, files = done["key"], done["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder}: not there or not finished; {again}") from None
-    for name, sha256 in files:
+    key, files = _finished(folder)
+    for name, sha256 in files.items():
         path = folder / name
         if not path.is_file() or file_hash(path) != sha256:
-            raise UserError(f"{path}: damaged or missing; {again}")
+            raise UserError(f"{path}: damaged or missing; {_AGAIN}")
     return key
+
+
+def _finished(folder: Path) -> tuple[str, dict[str, str]]:
+    """The key of a finished stage, and the hashes of its files."""
+    try:
+        done = json.loads((folder / DONE).read_text())
+        return str(done["key"]), dict(done["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: not there or not finished; {_AGAIN}") from None
 
 
 def with_sae(
