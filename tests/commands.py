@@ -12,7 +12,7 @@ def invoke(*args: object) -> Result:
 
 
 def error_line(result: Result) -> str:
-    """The one line that is said about what a user can mend; click may show the usage before it."""
+    """The one line that is said about what a user can mend."""
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error: "))

@@ -293,6 +293,18 @@ def test_what_follows_the_plus_is_the_text(photo):
         assert (item.text, item.picture.path) == ("and in blue + red.png", path)
 
 
+@pytest.mark.parametrize("plus", ["+", " +", "+ ", " + "])
+def test_spaces_around_the_plus_do_not_matter(photo, plus):
+    assert Item.parse(f"{photo}{plus}in blue") == Item("in blue", PictureFile(photo))
+    assert Item.parse(f"{photo}{plus}") == Item(None, PictureFile(photo))
+
+
+def test_a_pictures_name_may_hold_a_plus(photo):
+    strange = photo.with_name("a + b.png")
+    strange.write_bytes(photo.read_bytes())
+    assert Item.parse(f"{strange} + in blue") == Item("in blue", PictureFile(strange))
+
+
 def test_a_picture_that_is_missing_is_still_a_picture(tmp_path):
     for said in ("gone.JPG", "gone.JPG + in blue"):
         item = Item.parse(f"{tmp_path}/{said}")

@@ -169,15 +169,33 @@ def test_damage_is_named_and_done_again(finished_build, tmp_path):
     assert (out / "fig3.csv").read_bytes() == good
 
 
-def test_another_build_is_analysed_anew(finished_build, copy, tmp_path):
+def test_a_build_that_has_changed_is_analysed_anew(copy, tmp_path):
     out = tmp_path / "out"
-    analyze_build(finished_build, out, ["fig3", "table1"])
+    analyze_build(copy, out, ["fig3", "table1"])
     done = copy / "run/score/done.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {"key": "another"}))
     lines = []
     analyze_build(copy, out, ["fig3"], say=lines.append)
     assert lines == ["fig3"]
-    assert "## table1" not in (out / "README.md").read_text()  # it is of the other build
+    assert "## table1" not in (out / "README.md").read_text()  # it is of the build before
+
+
+def test_a_folder_holds_the_analysis_of_one_build_and_sae(finished_build, copy, tmp_path):
+    out = tmp_path / "out"
+    analyze_build(finished_build, out, ["fig3"])
+    files = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for options in ((copy,), (finished_build, "--sae", finished_build / "run" / "sae")):
+        line = fails(*options, "-o", out, "--only", "fig3")
+        assert line.startswith(f"{out}: holds the analysis of another build or SAE")
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == files
+
+
+def test_a_damaged_result_that_is_not_asked_for_does_not_stop_others(finished_build, tmp_path):
+    out = tmp_path / "out"
+    analyze_build(finished_build, out, ["fig3", "table1"])
+    (out / "run" / "table1" / "result.json").write_text("{")
+    analyze_build(finished_build, out, ["fig3"])
+    assert "## table1" not in (out / "README.md").read_text()
 
 
 def test_a_killed_run_goes_on(finished_build, analysed, tmp_path):

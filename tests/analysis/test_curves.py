@@ -21,6 +21,7 @@ from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.retrieval.evaluate import evaluate
+from patch_retriever.retrieval.tasks import Task
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -111,8 +112,13 @@ def test_random_concepts_are_other_ones_of_about_the_same_energy(c):
 def test_numbers_of_pairs_double_from_25_and_end_at_all(total):
     found = numbers(total)
     assert found[-1] == total
-    assert found[:-1] == [n for n in (25 * 2**i for i in range(20)) if n < total]
+    assert found[:-1] == [n for n in (25 * 2**i for i in range(20)) if n < 0.8 * total]
     assert draws_of(total, total) == 1
+
+
+def test_pairs_are_all_of_a_query_and_a_document_that_fits_it():
+    task = Task("t->i", "t->i", (3, 4), (7, 8, 9), ((0, 2), (1,)))
+    assert pairs_of(task).tolist() == [[3, 7], [3, 9], [4, 8]]
 
 
 def test_fewer_pairs_are_among_more():

@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from commands import invoke
 from patch_retriever.cli import main
 from patch_retriever.runs import MARKER, Run
+from patch_retriever.sae.formats import save_sae
+from patch_retriever.sae.model import SparseAutoencoder
 
 PROGRESS = re.compile(r"\[ *\d+\.\d s\] ")
 
@@ -499,3 +503,44 @@ def test_a_process_says_one_line_about_a_text_only_model(photo_folder, out, text
 def test_a_process_says_one_line_about_an_unknown_model(items, tmp_path):
     line = fresh("encode", "no-such-model", items, "-o", tmp_path / "out.npy")
     assert line.startswith("Error: no-such-model: ")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("concepts", "--limit", "0"),
+        ("explain", "demo", "a", "b", "--heat", "abc"),
+        ("info", "demo", "--concepts", "-3"),
+        ("analyze", "demo"),
+        ("build", "--nonsense"),
+    ],
+)
+def test_a_wrong_option_is_one_line(command):
+    assert fails(*command).endswith(f"(see `patch-retriever {command[0]} --help`)")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [("concepts", "report/concepts.json"), ("info", "patch/patch.json")],
+)
+def test_a_damaged_file_of_a_build_is_named(finished_build, tmp_path, command, file, text):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_build, folder)
+    (folder / file).unlink()
+    (folder / file).write_text(text)
+    assert "damaged" in fails(command, folder)
+
+
+def test_an_sae_of_another_width_is_named_before_anything_is_computed(random_model, tmp_path):
+    one_c, zero_c = torch.ones(9), torch.zeros(9)
+    sae = SparseAutoencoder(torch.ones(5, 9), zero_c, torch.ones(9, 5), torch.zeros(5), one_c)
+    save_sae(sae, tmp_path / "sae")
+    line = fails("build", random_model, "--sae", tmp_path / "sae", "-o", tmp_path / "out")
+    assert line.startswith(f"{tmp_path / 'sae'}: an SAE for activations of 5 dimensions")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_looks_at_the_sae(tmp_path):
+    line = fails("build", "--dry-run", "--sae", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert line.startswith(f"{tmp_path / 'nowhere'}: ")

@@ -44,7 +44,8 @@ def fails(*args):
 
 
 def test_the_parts_that_are_printed_sum_to_the_similarity(finished_build, star):
-    head, _, _, *rows = shown(finished_build, "a red star", star).splitlines()
+    said, head, _, _, *rows = shown(finished_build, "a red star", star).splitlines()
+    assert said == "query: a text, document: a picture"
     before, after = re.fullmatch(r"similarity (-?\d\.\d{4}) -> (-?\d\.\d{4})", head).groups()
     columns = [[float(n) for n in re.findall(r"[+-]\d+\.\d{4}", row)[:2]] for row in rows]
     for i, said in enumerate((before, after)):

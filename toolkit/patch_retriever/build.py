@@ -34,7 +34,7 @@ from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages.evaluation import evaluate_on_test
 from patch_retriever.stages.features import collect_splits
 from patch_retriever.stages.readout import choose_readout, load_readout
-from patch_retriever.stages.sae import learn_concepts
+from patch_retriever.stages.sae import check_width, learn_concepts
 from patch_retriever.stages.scoring import score
 from patch_retriever.stages.selection import load_calibration, select
 
@@ -73,9 +73,11 @@ def build_retriever(
         raise UserError(
             f"{config.model}: patched already; build from the model that it was made of"
         )
-    if config.sae_from is not None:
-        load_sae(config.sae_from)  # a wrong one is said before anything is computed
+    # a wrong SAE is said before anything is computed
+    given = None if config.sae_from is None else load_sae(config.sae_from)
     transformer = load_backbone(config.model, config.dtype, config.device)
+    if given is not None:
+        check_width(given, transformer.get_embedding_dimension(), str(config.sae_from))
     with Run(out / "run", say) as run:
         write_json(out / MARKER, config.model_dump())
         data = _data(run, config, progress)

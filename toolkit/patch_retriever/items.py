@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -85,9 +86,12 @@ class Item:
         """
         if not said.strip():
             raise UserError("an empty item; give a text, a picture's path, or 'photo.jpg + a text'")
-        words = said.split(" + ")
-        for n in range(1, len(words) + 1):  # a picture's name may hold a plus, too
-            path, text = " + ".join(words[:n]), " + ".join(words[n:])
+        pluses = [match.span() for match in re.finditer(r"\s*\+\s*", said)]
+        for end, start in (
+            *pluses,
+            (len(said), len(said)),
+        ):  # a picture's name may hold a plus, too
+            path, text = said[:end], said[start:]
             if _is_file(path) or path.lower().endswith(PICTURE_SUFFIXES):
                 return cls(text.strip() or None, PictureFile(Path(path)))
         return cls(said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,12 +96,13 @@ def analyze_build(
     """
     folder, out = Path(build), Path(out)
     found = open_build(folder)
-    _check_out(out)
+    made_of = {"build": str(folder.resolve()), "sae": sae}
+    _check_out(out, made_of)
     transformer = cache(lambda: _backbone(folder, found, device))
     with Run(out / "run", say) as run:
-        write_json(out / MARKER, {"build": str(folder), "sae": sae})
         if sae is not None:
             found = with_sae(run, found, folder, sae, transformer(), progress)
+        write_json(out / MARKER, made_of)
         for name in only:
             if name in OF_CONCEPTS:
                 made = _of_concepts(run, name, found, progress)
@@ -173,7 +175,7 @@ def _results(run: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
     """What is finished and made of this build, in the catalogue's order."""
     found = {}
     for name in catalogue.CATALOGUE:
-        if (run / name / RESULT).is_file():
+        with suppress(OSError, ValueError):  # not made yet, or damaged: it is made when asked for
             values = _result(run / name)
             if values.pop("of") == fingerprint:
                 found[name] = values
@@ -184,10 +186,20 @@ def _result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RESULT).read_text())
 
 
-def _check_out(out: Path) -> None:
-    """Refuse to write into a folder that holds something else."""
+def _check_out(out: Path, made_of: dict[str, str | None]) -> None:
+    """Refuse to write into a folder that holds something else, another analysis included."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; name a folder to write to")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MARKER not in names and not names <= {"run"}:  # "run" alone: stopped before the marker
         raise UserError(f"{out}: not empty and not made by `analyze`; name another folder")
+    if MARKER not in names:
+        return
+    try:
+        before = json.loads((out / MARKER).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{out / MARKER}: damaged; name another folder") from None
+    if before != made_of:
+        raise UserError(
+            f"{out}: holds the analysis of another build or SAE ({before}); name another folder"
+        )

@@ -98,8 +98,8 @@ def pairs_curve(build: Finished, progress: Progress) -> Exhibit:
 
 
 def numbers(total: int) -> list[int]:
-    """25, 50, 100, ... below `total`, and `total`."""
-    return [*(25 * 2**i for i in range(total.bit_length()) if 25 * 2**i < total), total]
+    """25, 50, 100, ... well below `total`, and `total`."""
+    return [*(25 * 2**i for i in range(total.bit_length()) if 25 * 2**i < 0.8 * total), total]
 
 
 def draws_of(n: int, total: int) -> int:
@@ -114,11 +114,12 @@ def drawn(pairs_n2: Tensor, n: int, seed: int) -> Tensor:
 
 
 def pairs_of(task: Task) -> Tensor:
-    """(query, first relevant document) items of a task, (n, 2)."""
+    """(query, relevant document) items of a task, (n, 2): all, where a text fits several."""
     return torch.tensor(
         [
-            (query, task.documents[relevant[0]])
+            (query, task.documents[place])
             for query, relevant in zip(task.queries, task.relevant, strict=True)
+            for place in relevant
         ]
     )
 

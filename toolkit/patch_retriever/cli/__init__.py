@@ -30,6 +30,9 @@ class _OneLineErrors(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             message = str(error)
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "patch-retriever"
+            message = f"{error.format_message()} (see `{path} --help`)"
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

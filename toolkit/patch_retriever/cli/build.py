@@ -130,6 +130,10 @@ def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
 
     folder = built_in_model() if config.model == BUILT_IN else Path(config.model)
     check_folder(str(folder) if config.model == BUILT_IN else config.model)
+    if config.sae_from is not None:
+        from patch_retriever.sae.formats import load_sae
+
+        load_sae(config.sae_from)
     pairs = None
     if config.pairs != SCENES:
         read = read_pairs(Path(config.pairs), config.skip_bad)

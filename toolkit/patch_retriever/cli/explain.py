@@ -10,6 +10,8 @@ import click
 
 from patch_retriever.cli import options
 
+_KINDS = {"text": "a text", "image": "a picture", "both": "a picture and a text"}
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -96,15 +98,17 @@ def explain(
         name: (concept, read(transformer, readout, retriever.sae, items, torch.tensor([concept])))
         for name, concept, read in asked
     }
+    kinds = dict(zip(("query", "document"), (item.kind for item in items), strict=True))
     if as_json:
-        values = explanation.to_json()
+        values = {"kinds": kinds, **explanation.to_json()}
         for name, (concept, sides) in on_tokens.items():
             query_json, document_json = (side.to_json(0) for side in sides)
             values[name] = {"concept": concept, "query": query_json, "document": document_json}
         click.echo(json.dumps(values, indent=1))
         return
     before, after = explanation.score.before, explanation.score.after
-    click.echo(f"similarity {before:.4f} -> {after:.4f}\n")
+    said = ", ".join(f"{side}: {_KINDS[kind]}" for side, kind in kinds.items())
+    click.echo(f"{said}\nsimilarity {before:.4f} -> {after:.4f}\n")
     click.echo(explanation.to_text(top, concept_labels(model) if sae is None else None))
     for name, (concept, sides) in on_tokens.items():
         for side, tokens in zip(("query", "document"), sides, strict=True):

@@ -12,7 +12,11 @@ import click
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--concepts", default=10, show_default=True, help="How many subtracted concepts to list."
+    "--concepts",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="How many subtracted concepts to list.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def info(folder: Path, concepts: int, as_json: bool) -> None:
@@ -22,6 +26,7 @@ def info(folder: Path, concepts: int, as_json: bool) -> None:
     patch-retriever info demo
     patch-retriever info demo --json
     """
+    from patch_retriever.errors import UserError
     from patch_retriever.runs import MARKER, check_finished
 
     check_finished(folder)
@@ -31,28 +36,40 @@ def info(folder: Path, concepts: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"settings": settings, "patch": patch, "table": table}, indent=1))
         return
+    try:
+        found = lines(settings, patch, concepts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: damaged ({error} is missing); run the same build again"
+        ) from None
+    click.echo("\n".join(found))
+    click.echo("\n" + (folder / "report" / "table.txt").read_text().rstrip())
+
+
+def lines(settings: dict[str, Any], patch: dict[str, Any], concepts: int) -> list[str]:
+    """What a terminal shows above the table."""
     about = patch["about"]
     readout = about["readout"]
-    click.echo(f"model      {settings['model']}")
-    click.echo(f"data       {settings['pairs']}, seed {settings['seed']}")
-    click.echo(
-        f"readout    {readout['prompt']['name']} prompt, {readout['pooling']} of {readout['site']}"
-    )
-    click.echo(f"patch      {about['method']} {about['setting'] or ''} (needs {about['needs']})")
+    found = [
+        f"model      {settings['model']}",
+        f"data       {settings['pairs']}, seed {settings['seed']}",
+        f"readout    {readout['prompt']['name']} prompt, {readout['pooling']} of {readout['site']}",
+        f"patch      {about['method']} {about['setting'] or ''} (needs {about['needs']})",
+    ]
     for operator in patch["operators"]:
         detail = (
             f"{operator['name']}, by {operator['by']}"
             if "name" in operator
             else f"{len(about['concepts'])} concepts"
         )
-        click.echo(f"           {operator['kind']}: {detail}")
+        found.append(f"           {operator['kind']}: {detail}")
     strongest = sorted(about["concepts"], key=lambda c: -c["strength"] * c["energy"])[:concepts]
     for c in strongest:
-        click.echo(
+        found.append(
             f"  concept {c['concept']:<6} strength {c['strength']:.2f}  energy {c['energy']:.3g}  "
             f"modality {c['modality']:.2f}  attribution {c['attribution']:.3g}"
         )
-    click.echo("\n" + (folder / "report" / "table.txt").read_text().rstrip())
+    return found
 
 
 def _read(path: Path) -> Any:

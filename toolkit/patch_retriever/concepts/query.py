@@ -42,7 +42,9 @@ def read_concepts(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     try:
         about = json.loads((report / ABOUT).read_text(encoding="utf-8"))
         table = pq.read_table(report / TABLE)
-    except (OSError, ValueError, pa.ArrowException) as error:
+        if missing := {"codes", "items", "pairs", "hard_negatives", "unexplained"} - set(about):
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise UserError(
             f"{report}: {TABLE} or {ABOUT} is missing or damaged ({first_line(error)}); "
             "run the same build again"

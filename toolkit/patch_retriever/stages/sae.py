@@ -44,6 +44,19 @@ def learn_concepts(
     return save_sae(trained.sae, folder, trained.about())
 
 
+def check_width(sae: SparseAutoencoder, width: int, source: str) -> None:
+    """Refuse an SAE of activations of another width.
+
+    Raises:
+        UserError: it is one.
+    """
+    if sae.d_in != width:
+        raise UserError(
+            f"{source}: an SAE for activations of {sae.d_in} dimensions; the backbone's have "
+            f"{width}, so it was trained on another model"
+        )
+
+
 def adopt_sae(
     source: str, store: Store, k: int | None = None
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
@@ -54,11 +67,7 @@ def adopt_sae(
     """
     sae = load_sae(source, k)
     about: dict[str, Any] = {"from": source}
-    if sae.d_in != store.d:
-        raise UserError(
-            f"{source}: an SAE for activations of {sae.d_in} dimensions; the backbone's have "
-            f"{store.d}, so it was trained on another model"
-        )
+    check_width(sae, store.d, source)
     x_nd, roles_n = store.held_out(HELD_OUT_TOKENS)
     if sae.k is not None:
         sae, conversion = with_thresholds(sae, x_nd[::2])
