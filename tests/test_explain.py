@@ -221,7 +221,7 @@ def test_labels_say_what_the_table_of_a_build_has(tmp_path):
     columns = {"concept": [0, 1], "modality": [0.25, 1.0]}
     pq.write_table(pa.table(columns), path)
     assert concept_labels(tmp_path) == {0: "modality 0.25", 1: "modality 1.00"}
-    tokens = [[" red", "star", "a", "b", "c"], []]
+    tokens = [[" red", "red", "star", "a", "b", "c"], []]
     pq.write_table(pa.table({**columns, "tokens": tokens}), path)
     assert concept_labels(tmp_path, tokens=2) == {0: "modality 0.25  red star", 1: "modality 1.00"}
     path.write_bytes(path.read_bytes()[:50])

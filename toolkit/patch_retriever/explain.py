@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patch_retriever.backbones.inputs import pool, pooling_weights
 from patch_retriever.backbones.readout import PoolingMode
+from patch_retriever.concepts.query import words
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.contributions import PooledItem, contributions, strengths
@@ -152,7 +153,7 @@ def concept_labels(folder: Path, tokens: int = 4) -> dict[int, str]:
         ) from None
     labels = {}
     for row in rows:
-        near = " ".join(token.strip() for token in (row.get("tokens") or [])[:tokens])
+        near = " ".join(words(row.get("tokens"))[:tokens])
         labels[row["concept"]] = f"modality {row['modality']:.2f}  {near}".rstrip()
     return labels
 

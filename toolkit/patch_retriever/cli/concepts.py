@@ -87,12 +87,14 @@ def heading(about: dict[str, Any]) -> list[str]:
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """Rows in aligned columns under their headings."""
+    from patch_retriever.concepts.query import words
+
     numbers = [[f"{row[name]:.3g}" for name in SHOWN] for row in rows]
     widths = [max(map(len, column)) for column in zip(SHOWN.values(), *numbers, strict=True)]
     found = [_line("concept", list(SHOWN.values()), widths, "tokens")]
     for row, cells in zip(rows, numbers, strict=True):
-        words = list(dict.fromkeys(token.strip() for token in row["tokens"]))  # " red" and "red"
-        found.append(_line(str(row["concept"]), cells, widths, " ".join(words[:4])))
+        near = " ".join(words(row["tokens"])[:4])
+        found.append(_line(str(row["concept"]), cells, widths, near))
     return found
 
 

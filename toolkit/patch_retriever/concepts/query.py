@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,11 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
+
+
+def words(tokens: Iterable[str] | None) -> list[str]:
+    """Different words of a row's `tokens`: " red" and "red" are one."""
+    return list(dict.fromkeys(token.strip() for token in tokens or ()))
 
 
 def read_concepts(folder: Path) -> tuple[pa.Table, dict[str, Any]]:

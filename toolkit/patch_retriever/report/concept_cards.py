@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from patch_retriever.backbones.inputs import ROLES
+from patch_retriever.concepts.query import words
 from patch_retriever.concepts.selection import TEXT_DOMINANT
 from patch_retriever.heat import TokenHeat, token_heat
 from patch_retriever.items import Item
@@ -123,7 +124,7 @@ def concept_cards(
                 strength,
                 why(strength, patch),
                 {title: row[name] for name, title in SCORES.items() if name in row},
-                tuple(row.get("tokens") or ()),
+                tuple(words(row["tokens"])),
                 tuple(heated[:n_images]),
                 tuple(heated[n_images:]),
             )
