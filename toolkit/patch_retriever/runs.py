@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -23,6 +24,30 @@ _FORMAT = 3
 def is_ours(folder: Path) -> bool:
     """Whether `build` made this folder."""
     return (folder / MARKER).is_file()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished stage left about itself: its key, and the hash of each of its files."""
+
+    key: str
+    files: dict[str, str]
+
+
+def read_done(folder: Path) -> Done | None:
+    """What the stage in `folder` left about itself; None if it has not finished."""
+    try:
+        done = json.loads((folder / DONE).read_text())
+        return Done(str(done["key"]), dict(done["files"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damaged(folder: Path, files: Mapping[str, str]) -> Path | None:
+    """The first of `files` (names in `folder` and their hashes) that is missing or has changed."""
+    paths = ((folder / name, sha256) for name, sha256 in files.items())
+    changed = (path for path, sha256 in paths if not path.is_file() or file_hash(path) != sha256)
+    return next(changed, None)
 
 
 def check_finished(folder: Path) -> None:
@@ -124,15 +149,10 @@ class Run:
         return folder
 
     def _is_done(self, folder: Path, key: str) -> bool:
-        try:
-            done = json.loads((folder / DONE).read_text())
-        except (OSError, ValueError):
+        done = read_done(folder)
+        if done is None or done.key != key:
             return False
-        if not isinstance(done, dict) or done.get("key") != key or "files" not in done:
-            return False
-        for name, sha256 in done["files"].items():
-            path = folder / name
-            if not path.is_file() or file_hash(path) != sha256:
-                self._say(f"{path}: damaged or missing; its stage is built again")
-                return False
-        return True
+        path = damaged(folder, done.files)
+        if path is not None:
+            self._say(f"{path}: damaged or missing; its stage is built again")
+        return path is None

@@ -49,8 +49,7 @@ def collect_pooled(
         set_readout(transformer, Readout(prompt))
         probe = Probe(transformer)
         sites = sorted({readout.site for readout in group})
-        n_batches = -(-len(items) // batch_size)
-        for numbers, features in progress(item_batches(transformer, items, batch_size), n_batches):
+        for numbers, features in item_batches(transformer, items, batch_size, progress):
             tokens = probe.read(features, sites)
             for readout in group:
                 weights_nt = pooling_weights(features["attention_mask"], readout.pooling)
@@ -75,19 +74,22 @@ def collect_tokens(
     `pairs` are numbers of items that belong together; they are kept beside the activations.
     """
     writer = StoreWriter(folder)
-    n_batches = -(-len(items) // batch_size)
-    for tokens in progress(_token_batches(transformer, items, readout, batch_size), n_batches):
+    for tokens in _token_batches(transformer, items, readout, batch_size, progress):
         writer.add(*tokens)
     writer.close(pairs)
 
 
 def _token_batches(
-    transformer: Transformer, items: Sequence[Item], readout: Readout, batch_size: int
+    transformer: Transformer,
+    items: Sequence[Item],
+    readout: Readout,
+    batch_size: int,
+    progress: Progress = no_progress,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Activations (t, d), roles, whether pooled, and item numbers of all tokens, by batches."""
     set_readout(transformer, readout)
     probe, roles_of = Probe(transformer), TokenRoles(transformer)
-    for numbers, features in item_batches(transformer, items, batch_size):
+    for numbers, features in item_batches(transformer, items, batch_size, progress):
         tokens_ntd = probe.read(features, [LAST])[LAST]
         mask_nt = features["attention_mask"].bool()
         pooled_nt = pooling_weights(mask_nt, readout.pooling) > 0
@@ -176,8 +178,7 @@ def collect_features(
     role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = torch.empty(len(items), sae.d_in), torch.empty(len(items), sae.d_in)
     batches: list[tuple[list[int], Codes]] = []
-    n_batches = -(-len(items) // batch_size)
-    for numbers, features in progress(item_batches(transformer, items, batch_size), n_batches):
+    for numbers, features in item_batches(transformer, items, batch_size, progress):
         tokens_ntd = probe.read(features, [LAST])[LAST].float()
         mask_nt = features["attention_mask"]
         weights_nt = pooling_weights(mask_nt, readout.pooling)

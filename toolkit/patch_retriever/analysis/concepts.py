@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patch_retriever.analysis.exhibit import Exhibit
 from patch_retriever.analysis.finished import Finished
+from patch_retriever.concepts.energy import concentration, concepts_for
 from patch_retriever.progress import Progress
 from patch_retriever.report import plots
 
@@ -102,18 +103,6 @@ def concentration_figure(build: Finished, _: Progress) -> Exhibit:
         )
     fires = int((energy_c > 0).sum())
     return Exhibit(rows, summary, {"": figure}, f"{fires} of {c} concepts fire on calibration.")
-
-
-def concentration(energy_c: Tensor) -> Tensor:
-    """Share of the energy that the n strongest concepts hold, (c,) for n = 1 .. c."""
-    ordered_c = energy_c.double().sort(descending=True).values
-    return ordered_c.cumsum(0) / ordered_c.sum()
-
-
-def concepts_for(energy_c: Tensor, share: float) -> int:
-    """The fewest concepts that hold `share` of the energy."""
-    short_c = concentration(energy_c) < share - 1e-12
-    return min(int(short_c.sum()) + 1, len(energy_c))
 
 
 def log_steps(n: int) -> list[int]:

@@ -20,13 +20,13 @@ from patch_retriever.config import BuildConfig
 from patch_retriever.data import SCENES, Data, pairs_data, scenes_data
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
-from patch_retriever.files import file_hash, value_hash
+from patch_retriever.files import value_hash
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.operators import Gate
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
-from patch_retriever.runs import DONE, MARKER, Run, check_finished
+from patch_retriever.runs import DONE, MARKER, Done, Run, check_finished, damaged, read_done
 from patch_retriever.stages.features import collect_splits
 from patch_retriever.stages.readout import load_readout
 from patch_retriever.stages.sae import learn_concepts
@@ -149,32 +149,26 @@ def check_backbone(folder: Path) -> None:
     Raises:
         UserError: they are another model's.
     """
-    _, files = _finished(folder / "run" / "export")
-    for name, sha256 in files.items():
-        path = folder / name
-        if path.suffix == ".safetensors" and (not path.is_file() or file_hash(path) != sha256):
-            raise UserError(
-                f"{path}: not the backbone that this run was made with; run the same build again"
-            )
+    exported = _finished(folder / "run" / "export").files
+    weights = {name: sha256 for name, sha256 in exported.items() if name.endswith(".safetensors")}
+    if path := damaged(folder, weights):
+        raise UserError(f"{path}: not the backbone that this run was made with; {_AGAIN}")
 
 
 def _check_stage(folder: Path) -> str:
     """The key of a finished stage, whose files all have their hash."""
-    key, files = _finished(folder)
-    for name, sha256 in files.items():
-        path = folder / name
-        if not path.is_file() or file_hash(path) != sha256:
-            raise UserError(f"{path}: damaged or missing; {_AGAIN}")
-    return key
+    done = _finished(folder)
+    if path := damaged(folder, done.files):
+        raise UserError(f"{path}: damaged or missing; {_AGAIN}")
+    return done.key
 
 
-def _finished(folder: Path) -> tuple[str, dict[str, str]]:
-    """The key of a finished stage, and the hashes of its files."""
-    try:
-        done = json.loads((folder / DONE).read_text())
-        return str(done["key"]), dict(done["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: not there or not finished; {_AGAIN}") from None
+def _finished(folder: Path) -> Done:
+    """What a stage left about itself."""
+    done = read_done(folder)
+    if done is None:
+        raise UserError(f"{folder}: not there or not finished; {_AGAIN}")
+    return done
 
 
 def with_sae(

@@ -98,10 +98,7 @@ def pooled_batches(
     set_readout(transformer, Readout(prompt))
     probe, roles_of = Probe(transformer), TokenRoles(transformer)
     sites = sorted({view.site for view in views})
-    n_batches = -(-len(collection.items) // batch_size)
-    for numbers, features in progress(
-        item_batches(transformer, collection.items, batch_size), n_batches
-    ):
+    for numbers, features in item_batches(transformer, collection.items, batch_size, progress):
         tokens = probe.read(features, sites)
         mask_nt = features["attention_mask"].bool()
         roles_nt = roles_of(features).to(mask_nt.device)

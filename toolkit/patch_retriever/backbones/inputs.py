@@ -12,6 +12,7 @@ import torch
 from patch_retriever.backbones.families import image_token_id
 from patch_retriever.backbones.readout import PoolingMode
 from patch_retriever.items import Item
+from patch_retriever.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -22,11 +23,15 @@ ROLES = ("image", "text", "instruction", "special")
 
 
 def item_batches(
-    transformer: Transformer, items: Sequence[Item], batch_size: int
+    transformer: Transformer,
+    items: Sequence[Item],
+    batch_size: int,
+    progress: Progress = no_progress,
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """(item numbers, preprocessed features on the model's device), similar lengths together."""
     order = sorted(range(len(items)), key=lambda i: (items[i].kind, len(items[i].text or "")))
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for start in progress(starts, len(starts)):
         numbers = order[start : start + batch_size]
         yield numbers, preprocessed(transformer, [items[i].load() for i in numbers])
 

@@ -16,6 +16,7 @@ from patch_retriever.concepts.selection import TEXT_DOMINANT
 from patch_retriever.heat import TokenHeat, token_heat
 from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.contributions import strengths
 from patch_retriever.report.pictures import Shown, heat_overlay, show
 from patch_retriever.retrieval.tasks import Collection
 
@@ -89,9 +90,7 @@ def concept_cards(
     batch_size: int,
 ) -> list[ConceptCard]:
     """Cards of the concepts that `choose` names; `collection` is calibration's."""
-    strength_c = np.zeros(table.num_rows)
-    if patch.subtract is not None:
-        strength_c[patch.subtract.concepts_m.numpy()] = patch.subtract.strength_m.numpy()
+    strength_c = strengths(patch, table.num_rows).double().numpy()
     columns = {name: table[name].to_numpy() for name in SCORES if name in table.column_names}
     chosen = choose(columns, strength_c)
     rows = _rows(table, list(chosen), collection.items)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from patch_retriever.concepts.energy import concentration, concepts_for
 from patch_retriever.report.plots import SCALES, Series, histogram, lines, to_svg
 from patch_retriever.report.table import BASE
 
@@ -134,9 +136,8 @@ def modality_figure(modality_c: NDArray[np.float32], energy_c: NDArray[np.float3
 
 def energy_figure(energy_c: NDArray[np.float32]) -> Drawn:
     """Share of all energy in the n strongest concepts (the paper's figure 3)."""
-    total = np.cumsum(np.sort(energy_c.astype(np.float64))[::-1])
-    share_c = total / max(total[-1], 1e-30)
-    needed = min(int(np.searchsorted(share_c, 0.99)) + 1, len(share_c))
+    share_c = concentration(torch.tensor(energy_c)).numpy()
+    needed = concepts_for(torch.tensor(energy_c), 0.99)
     ns = np.unique(np.geomspace(1, len(share_c), 40).astype(int))
     figure = lines(
         [Series("energy", ns.tolist(), (100 * share_c[ns - 1]).tolist())],
