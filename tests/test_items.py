@@ -12,7 +12,8 @@ from PIL import Image
 from sentence_transformers.base.modality import infer_modality
 
 from patch_retriever.errors import UserError
-from patch_retriever.items import KINDS, Item, PictureFile
+from patch_retriever.items import KINDS, Item
+from patch_retriever.pictures import PictureFile
 
 
 def opened(path: Path) -> np.ndarray:

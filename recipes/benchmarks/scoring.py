@@ -97,8 +97,8 @@ def measure(size: Size, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     from patch_retriever.concepts.scores import score_concepts
     from patch_retriever.features import Features
+    from patch_retriever.retrieval.collection import Task
     from patch_retriever.retrieval.negatives import hard_negatives
-    from patch_retriever.retrieval.tasks import Task
     from patch_retriever.sae.codes import Codes
 
     generator = torch.Generator().manual_seed(0)

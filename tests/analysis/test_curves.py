@@ -20,8 +20,8 @@ from patch_retriever.analysis.removal import curve_of, random_like, removed_in_s
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
+from patch_retriever.retrieval.collection import Task
 from patch_retriever.retrieval.evaluate import evaluate
-from patch_retriever.retrieval.tasks import Task
 
 steady = settings(deadline=None, derandomize=True)
 

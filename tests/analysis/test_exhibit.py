@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from patch_retriever.analysis.exhibit import Exhibit, Yardstick, mean_outcome, section
 from patch_retriever.items import Item
 from patch_retriever.report import plots
+from patch_retriever.retrieval.collection import Collection, Task
 from patch_retriever.retrieval.evaluate import Outcome
-from patch_retriever.retrieval.tasks import Collection, Task
 
 steady = settings(deadline=None, derandomize=True, max_examples=30)
 SIZES = {"t->i full": 30, "i->t": 12}

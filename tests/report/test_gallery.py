@@ -8,7 +8,7 @@ import pytest
 from patch_retriever.items import Item
 from patch_retriever.report import gallery as module
 from patch_retriever.report.gallery import TOP, gallery
-from patch_retriever.retrieval.tasks import Collection, Task
+from patch_retriever.retrieval.collection import Collection, Task
 
 
 def made(seed: int, n: int = 40, q: int = 30) -> Collection:

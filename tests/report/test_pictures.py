@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patch_retriever.items import Item, PictureFile
+from patch_retriever.items import Item
+from patch_retriever.pictures import PictureFile
 from patch_retriever.report.pictures import HEAT, SIDE, Shown, heat_overlay, show, thumbnail
 
 

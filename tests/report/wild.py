@@ -10,7 +10,7 @@ from patch_retriever.backbones.load import load_backbone
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data, scenes_data
 from patch_retriever.report.page import REPORT, write_report
-from patch_retriever.retrieval.tasks import Collection
+from patch_retriever.retrieval.collection import Collection
 
 ATTACK = '<script>alert("caught")</script><img src=x onerror=alert(1)>'
 ENDLESS = "w" * 400

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from patch_retriever.errors import UserError
-from patch_retriever.items import Item, PictureFile
+from patch_retriever.items import Item
+from patch_retriever.pictures import PictureFile
 from patch_retriever.retrieval.compare import load_model
 from patch_retriever.retrieval.encode import encode_file, read_items
 

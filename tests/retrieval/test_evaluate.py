@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from patch_retriever.items import Item
 from patch_retriever.patch.artefact import DOCUMENT, QUERY
+from patch_retriever.retrieval.collection import Collection, Task
 from patch_retriever.retrieval.evaluate import (
     Difference,
     Outcome,
@@ -19,7 +20,6 @@ from patch_retriever.retrieval.evaluate import (
     evaluate,
     evaluate_embeddings,
 )
-from patch_retriever.retrieval.tasks import Collection, Task
 
 steady = settings(deadline=None, derandomize=True)
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patch_retriever.retrieval.collection import Task
 from patch_retriever.retrieval.negatives import hard_negatives
-from patch_retriever.retrieval.tasks import Task
 
 N_ITEMS = 40
 steady = settings(deadline=None, derandomize=True)

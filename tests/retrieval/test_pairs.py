@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from patch_retriever.errors import UserError
-from patch_retriever.items import PictureFile
+from patch_retriever.pictures import PictureFile
 from patch_retriever.retrieval.evaluate import evaluate_embeddings
 from patch_retriever.retrieval.pairs import (
     SHARES,

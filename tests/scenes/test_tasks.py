@@ -13,7 +13,7 @@ from itertools import permutations
 
 import pytest
 
-from patch_retriever.retrieval.tasks import DIRECTIONS, Collection, Task
+from patch_retriever.retrieval.collection import DIRECTIONS, Collection, Task
 from patch_retriever.scenes.language import _SYNONYMS
 from patch_retriever.scenes.tasks import ScenePicture, scenes_collection
 from patch_retriever.scenes.world import (

@@ -15,8 +15,8 @@ from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.data import Data, scenes_data
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
+from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.negatives import hard_negatives
-from patch_retriever.retrieval.tasks import Collection
 from patch_retriever.sae.codes import Codes
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages.readout import load_readout

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from patch_retriever.config import ScenesSettings
 from patch_retriever.files import write_json
-from patch_retriever.items import Item, PictureFile
+from patch_retriever.items import Item
+from patch_retriever.pictures import PictureFile
 from patch_retriever.progress import Progress
+from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.pairs import (
     Pair,
     pairs_collection,
@@ -17,7 +19,6 @@ from patch_retriever.retrieval.pairs import (
     split_pairs,
     texts_are_shared,
 )
-from patch_retriever.retrieval.tasks import Collection
 
 SCENES = "scenes"
 SPLITS = ("calibration", "validation", "test")

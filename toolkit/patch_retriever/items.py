@@ -5,63 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
 from patch_retriever.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from patch_retriever.files import value_hash
+from patch_retriever.pictures import PICTURE_SUFFIXES, Picture, PictureFile
 
 Kind = Literal["text", "image", "both"]
 KINDS: tuple[Kind, ...] = ("text", "image", "both")
 """What an item holds; a kind's number everywhere is its index here."""
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
-class Picture(Protocol):
-    """Anything that can be opened as a picture, so that a corpus never sits in memory decoded."""
-
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-
-    def open(self) -> Image.Image:
-        """The decoded RGB picture."""
-
-
-@dataclass(frozen=True)
-class PictureFile:
-    """A picture on disk, of any format, mode and orientation that Pillow reads."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The file's path."""
-        return str(self.path)
-
-    def open(self) -> Image.Image:
-        """Decode, turn as the EXIF orientation says, convert to RGB (alpha on white).
-
-        Raises:
-            UserError: the file is missing, is no image, is truncated or is absurdly large.
-        """
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(self.path) as file:
-                picture = ImageOps.exif_transpose(file)
-                if picture.mode.startswith("I;16"):  # convert() would clip instead of scaling
-                    picture = picture.point(lambda value: value / 257, "L")
-                if picture.has_transparency_data:
-                    picture = picture.convert("RGBA")
-                    white = Image.new("RGBA", picture.size, "white")
-                    picture = Image.alpha_composite(white, picture)
-                return picture.convert("RGB")
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: no such image file") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.path}: not a readable image ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -102,6 +54,14 @@ class Item:
         if self.picture is None:
             return "text"
         return "image" if self.text is None else "both"
+
+    def content_hash(self) -> str:
+        """SHA-256 of what is embedded: the text and the picture's content.
+
+        Raises:
+            UserError: the picture cannot be read.
+        """
+        return value_hash([self.text, self.picture and self.picture.content_hash()])
 
     def load(self) -> list[dict[str, Any]]:
         """The item for a model with a chat template: a chat of one message, image first.

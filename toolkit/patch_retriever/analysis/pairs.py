@@ -19,8 +19,8 @@ from patch_retriever.patch.gains import GainSettings, learn_gains
 from patch_retriever.patch.operators import Affine, Subtract
 from patch_retriever.progress import Progress
 from patch_retriever.report import plots
+from patch_retriever.retrieval.collection import Collection, Task
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
-from patch_retriever.retrieval.tasks import Collection, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,8 +27,8 @@ from patch_retriever.files import write_tensors
 from patch_retriever.items import KINDS
 from patch_retriever.probe import Probe
 from patch_retriever.progress import Progress
+from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.evaluate import Outcome, evaluate_embeddings
-from patch_retriever.retrieval.tasks import Collection
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer

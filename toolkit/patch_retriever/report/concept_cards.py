@@ -18,7 +18,7 @@ from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.contributions import strengths
 from patch_retriever.report.pictures import Shown, heat_overlay, show
-from patch_retriever.retrieval.tasks import Collection
+from patch_retriever.retrieval.collection import Collection
 
 if TYPE_CHECKING:
     import pyarrow as pa

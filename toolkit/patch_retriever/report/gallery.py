@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.report.pictures import Shown, show
+from patch_retriever.retrieval.collection import Collection, Task
 from patch_retriever.retrieval.metrics import ranks, search
-from patch_retriever.retrieval.tasks import Collection, Task
 
 EXAMPLES = 2
 """Queries shown of those won, and of those lost, in each task."""

@@ -12,11 +12,11 @@ from patch_retriever.backbones.load import BUILT_IN, built_in_model
 from patch_retriever.data import SCENES
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.progress import Say, silent
+from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.encode import loader
 from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap, evaluate_embeddings
 from patch_retriever.retrieval.metrics import CUTOFFS
 from patch_retriever.retrieval.pairs import pairs_collection, read_pairs, split_pairs
-from patch_retriever.retrieval.tasks import Collection
 from patch_retriever.runs import MARKER, is_ours
 
 

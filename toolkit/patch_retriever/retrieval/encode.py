@@ -11,7 +11,8 @@ import numpy as np
 
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write
-from patch_retriever.items import Item, PictureFile
+from patch_retriever.items import Item
+from patch_retriever.pictures import PictureFile
 from patch_retriever.progress import Progress, no_progress
 
 

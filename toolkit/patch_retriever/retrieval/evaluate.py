@@ -12,8 +12,8 @@ from torch import Tensor
 
 from patch_retriever.features import Features
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
+from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.metrics import hits, ranks
-from patch_retriever.retrieval.tasks import Collection
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patch_retriever.retrieval.collection import Task
 from patch_retriever.retrieval.metrics import search
-from patch_retriever.retrieval.tasks import Task
 
 
 def hard_negatives(embeddings_nd: Tensor, tasks: Iterable[Task], per_query: int = 5) -> Tensor:

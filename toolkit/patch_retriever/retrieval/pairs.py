@@ -11,9 +11,10 @@ from pathlib import Path
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash
-from patch_retriever.items import PICTURE_SUFFIXES, Item, PictureFile
+from patch_retriever.items import Item
+from patch_retriever.pictures import PICTURE_SUFFIXES, PictureFile
 from patch_retriever.progress import Progress, no_progress
-from patch_retriever.retrieval.tasks import Collection, Task
+from patch_retriever.retrieval.collection import Collection, Task
 
 MIN_PAIRS = 50
 SHARES = {"calibration": 0.5, "validation": 0.2, "test": 0.3}

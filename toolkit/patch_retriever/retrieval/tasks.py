@@ -1,56 +1,49 @@
-"""Retrieval tasks: which items are queries, which documents, and which document answers which."""
+"""Retrieval tasks as benchmarks hold them: queries, candidates, and graded relevance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from patch_retriever.items import KINDS, Item
-
-DIRECTIONS = ("t->i", "t->t", "t->it", "i->t", "i->i", "it->t", "it->i", "it->it")
+from patch_retriever.items import Item
 
 
 @dataclass(frozen=True)
-class Task:
-    """One retrieval task over the items of a collection.
+class RetrievalTask:
+    """Find, for each query, the candidates that are relevant to it.
 
-    `queries` and `documents` are item numbers; `relevant[q]` are positions in `documents` that
-    answer `queries[q]`, every one that fits.
+    `queries` and `candidates` are sequences that may make their items when asked for them, so that
+    a corpus of millions stays on disk; pictures are opened when they are encoded.
+
+    - `direction`: "t->i", "it->t", ...; "mixed" stands for a side that holds several kinds.
+    - `qrels[query][candidate]`: the grade of every judged pair, relevant above 0. Every query is a
+      key; one whose relevant candidates are not in the pool counts as a miss.
+    - `excluded[query]`: candidates that are left out of that query's ranking (the picture that a
+      composed query starts from).
+    - `pools[query]`: the candidates of a query, where every query has a short list of its own.
+    - `prompts`: instructions that the benchmark gives, for "query" and "document".
+    - `skipped`: one line for every bad row that was left out.
     """
 
     name: str
+    split: str
     direction: str
-    queries: tuple[int, ...]
-    documents: tuple[int, ...]
-    relevant: tuple[tuple[int, ...], ...]
+    query_ids: Sequence[str]
+    queries: Sequence[Item]
+    candidate_ids: Sequence[str]
+    candidates: Sequence[Item]
+    qrels: Mapping[str, Mapping[str, int]]
+    excluded: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    pools: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"{self.name}: direction {self.direction!r} is none of {DIRECTIONS}")
-        if len(self.relevant) != len(self.queries) or not all(self.relevant):
-            raise ValueError(f"{self.name}: every query needs at least one relevant document")
-
-
-@dataclass(frozen=True)
-class Collection:
-    """The items of one split and the tasks over them."""
-
-    split: str
-    items: tuple[Item, ...]
-    tasks: tuple[Task, ...]
-
-    def kinds(self) -> np.ndarray:
-        """Each item's kind as its number in `KINDS`, int8 (n,)."""
-        return np.array([KINDS.index(item.kind) for item in self.items], dtype=np.int8)
-
-    def pairs(self, directions: Sequence[str] = DIRECTIONS) -> np.ndarray:
-        """(query item, first relevant document item) of all tasks in `directions`, int64 (n, 2)."""
-        found = [
-            (query, task.documents[relevant[0]])
-            for task in self.tasks
-            if task.direction in directions
-            for query, relevant in zip(task.queries, task.relevant, strict=True)
-        ]
-        return np.array(found, dtype=np.int64).reshape(-1, 2)
+        if len(self.query_ids) != len(self.queries):
+            raise ValueError(f"{self.name}: {len(self.query_ids)} ids, {len(self.queries)} queries")
+        if len(self.candidate_ids) != len(self.candidates):
+            raise ValueError(
+                f"{self.name}: {len(self.candidate_ids)} ids, {len(self.candidates)} candidates"
+            )
+        if missing := [q for q in self.query_ids if q not in self.qrels]:
+            raise ValueError(f"{self.name}: nothing is judged for query {missing[0]}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from patch_retriever.files import value_hash
 from patch_retriever.items import Item
-from patch_retriever.retrieval.tasks import Collection, Task
+from patch_retriever.retrieval.collection import Collection, Task
 from patch_retriever.scenes.language import Caption, caption, edit_instruction
 from patch_retriever.scenes.render import render
 from patch_retriever.scenes.world import (
@@ -36,6 +37,10 @@ class ScenePicture:
     def open(self) -> Image.Image:
         """The rendered picture."""
         return render(self.scene, self.view)
+
+    def content_hash(self) -> str:
+        """Of the scene and the view: they say every pixel."""
+        return value_hash(self.name)
 
 
 class _Relevance:

@@ -1,0 +1,121 @@
+"""Pictures: anything that can be opened as one, decoded to RGB when it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from patch_retriever.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class Picture(Protocol):
+    """Anything that can be opened as a picture, so that a corpus never sits in memory decoded."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+    def open(self) -> Image.Image:
+        """The decoded RGB picture."""
+
+    def content_hash(self) -> str:
+        """Changes when the picture does; the same for the same picture under another name."""
+
+
+class _Stored:
+    """A picture that is kept as the bytes of an image file, wherever those are."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        raise NotImplementedError
+
+    def read(self) -> bytes:
+        """The bytes."""
+        raise NotImplementedError
+
+    def open(self) -> Image.Image:
+        """Decode the bytes.
+
+        Raises:
+            UserError: they cannot be read or are no image.
+        """
+        return decode(self.read(), self.name)
+
+    def content_hash(self) -> str:
+        """SHA-256 of the bytes, in hex."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PictureFile(_Stored):
+    """A picture on disk, of any format, mode and orientation that Pillow reads."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's path."""
+        return str(self.path)
+
+    def read(self) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            UserError: the file is missing or cannot be read.
+        """
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no such image file") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: not a readable image ({error})") from None
+
+
+@dataclass(frozen=True)
+class PictureBytes(_Stored):
+    """A picture in memory, as the bytes of an image file; `called` is its name."""
+
+    called: str
+    data: bytes = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """As it was called."""
+        return self.called
+
+    def read(self) -> bytes:
+        """The bytes."""
+        return self.data
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Decode an image file, turn as its EXIF orientation says, convert to RGB (alpha on white).
+
+    Raises:
+        UserError: it is no image, truncated or absurdly large.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(BytesIO(data)) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):  # convert() would clip instead of scaling
+                picture = picture.point(lambda value: value / 257, "L")
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return picture.convert("RGB")
+    except UnidentifiedImageError:  # its own words show where in memory the bytes were
+        raise UserError(f"{name}: not a readable image (no known format)") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: not a readable image ({error})") from None
