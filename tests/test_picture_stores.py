@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from patch_retriever import parquet
 from patch_retriever.errors import UserError
+from patch_retriever.hf_datasets import load
 from patch_retriever.parquet import ParquetRows
 from patch_retriever.picture_stores import (
     ParquetColumn,
@@ -145,7 +146,7 @@ def test_many_names_are_opened_together_each_store_once(tmp_path, monkeypatch):
     [
         ("gone.png", "no such picture"),
         ("gone.tar#a.png", "no such picture"),
-        ("a.tar#gone.png", "no such member"),
+        ("a.tar#gone.png", "no such member in this tar"),
         ("bytes.parquet#a/b/99", "8 rows, so none"),
         ("bytes.parquet#gone/0", "no column 'gone'"),
         ("bytes.parquet#n/0", "does not hold pictures"),
@@ -337,7 +338,65 @@ def test_a_damaged_parquet_file_is_named(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_after_a_damaged_group_the_next_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    images = [np.random.default_rng(n).bytes(5000) for n in range(6)]
+    pq.write_table(pa.table({"image": images}), path, row_group_size=2, use_dictionary=False)
+    about = pq.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[about.data_page_offset : about.data_page_offset + 20] = bytes(20)
+    path.write_bytes(data)
+    column = ParquetColumn(path, "image")
+    for row in (0, 1, 2, 3, 4, 5, 2, 0):
+        if row in (2, 3):
+            with pytest.raises(UserError, match=r"a\.parquet: cannot be read as Parquet"):
+                column.picture(row).read()
+        else:
+            assert column.picture(row).read() == images[row]
+
+
+def test_of_many_files_one_is_open_and_one_window_in_memory(tmp_path):
+    names = []
+    for n in range(30):
+        data = [random.Random(n).randbytes(2**20) for _ in range(2)]
+        pq.write_table(pa.table({"image": data}), tmp_path / f"{n}.parquet")
+        names += [f"{tmp_path}/{n}.parquet#image/{row}" for row in range(2)]
+    stores = PictureStores()
+    pictures = [stores.picture_at(name) for name in names]
+    before, most = pa.total_allocated_bytes(), 0
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    for picture in pictures:
+        assert len(picture.read()) == 2**20
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert len(list(Path("/proc/self/fd").iterdir())) <= open_before + 1
+    assert most < 15 * 2**20
+
+
 # datasets
+
+
+def test_the_hub_is_asked_for_name_configuration_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*args: object, **more: object) -> datasets.Dataset:
+        asked.append((*args, more))
+        return dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for location in ("org/name", "org/name/config", "org/name:test", "org/name/config:train[:9]"):
+        assert len(load(location)) == len(NAMES)
+    assert asked == [
+        ("org/name", None, {"split": None}),
+        ("org/name", "config", {"split": None}),
+        ("org/name", None, {"split": "test"}),
+        ("org/name", "config", {"split": "train[:9]"}),
+    ]
+
+
+@pytest.mark.parametrize("location", ["name", "./gone", "/gone/far", "a/b/c/d", ""])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_named(location):
+    with pytest.raises(UserError, match="no such folder; name one, or a hub id"):
+        load(location)
 
 
 def test_a_dataset_gives_the_bytes_as_they_are_stored(tmp_path, monkeypatch):
