@@ -13,7 +13,7 @@ from patch_retriever.retrieval.index.items import Entry
 from patch_retriever.retrieval.index.search import SavedIndex
 
 if TYPE_CHECKING:
-    from patch_retriever.retrieval.encoder import Encoder
+    from patch_retriever.retrieval.encoder import Encoder, Role
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,17 @@ class Answer:
 
     def to_lines(self) -> list[str]:
         """A table for a terminal: rank, score, id, text."""
-        widest = max((len(hit.id) for hit in self.hits), default=0)
-        rows = ((f"{hit.rank:>4}  {hit.score:.4f}  {hit.id:<{widest}}", hit) for hit in self.hits)
-        lines = [f"{row}  {' '.join((hit.text or '').split())}".rstrip() for row, hit in rows]
-        return lines or ["nothing found"]
+        if not self.hits:
+            return ["nothing found"]
+        rows = [("rank", "score", "id", "text" if any(hit.text for hit in self.hits) else "")]
+        for hit in self.hits:
+            text = " ".join((hit.text or "").split())
+            rows.append((str(hit.rank), f"{hit.score:.4f}", hit.id, text))
+        widest = max(len(name) for _, _, name, _ in rows)
+        return [
+            f"{rank:>4}  {score:>6}  {name:<{widest}}  {text}".rstrip()
+            for rank, score, name, text in rows
+        ]
 
 
 def answer(
@@ -76,7 +83,7 @@ def answer(
     Raises:
         UserError: a query's picture cannot be read, or the index has no such search setting.
     """
-    asked_as = "document" if index.manifest.made_by.role == "query" else "query"
+    asked_as: Role = "document" if index.manifest.made_by.role == "query" else "query"
     queries_qd = encoder.embed(queries, asked_as, batch_size=batch_size)
     scores_qk, numbers_qk = index.search(queries_qd, k, settings)
     entries = index.items.entries(numbers_qk[numbers_qk >= 0].tolist())

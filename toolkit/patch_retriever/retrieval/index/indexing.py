@@ -36,7 +36,7 @@ from patch_retriever.retrieval.index.manifest import (
     changing,
     check_parts,
 )
-from patch_retriever.retrieval.index.writing import SHARD_BYTES, begin, grow, read_draft
+from patch_retriever.retrieval.index.writing import build_folder, grow, read_draft
 
 
 class Corpus(Protocol):
@@ -114,6 +114,7 @@ def index_corpus(
     made_by = MadeBy.of(encoder, options.role)
     _check_free(folder)
     with changing(folder), open_store(folder / EMBEDDINGS, encoder, options.role, say=say) as store:
+        say(f"encoding {len(corpus.items)} items with {encoder.name}")
         done = embed_items(
             encoder,
             corpus.items,
@@ -127,8 +128,8 @@ def index_corpus(
         if not len(coming):
             raise UserError(f"no usable item among {len(corpus.ids)}; {done.skipped[0]}")
         factory = factory_string(options.factory, len(coming), encoder.dimension)
-        shard_items = options.shard_items or SHARD_BYTES // (4 * encoder.dimension)
-        key = value_hash([made_by.fingerprint, made_by.role, factory, shard_items, coming.digest])
+        how = [made_by.fingerprint, made_by.role, factory, options.shard_items]
+        key = value_hash([how, coming.digest])
         vectors = StoredVectors(encoder, options.role, store, coming.keys_n)
         indexed = Indexed(
             len(coming), len(coming), done.encoded, 0, (*corpus.skipped, *done.skipped)
@@ -143,12 +144,9 @@ def index_corpus(
             check_parts(folder, there.parts)
             say(f"{folder}: done before")
             return indexed
-        draft = read_draft(folder, key, say)
-        if draft is None:
-            say(f"{factory}: {len(coming)} items of {encoder.dimension} dimensions")
-            d = encoder.dimension
-            draft = begin(folder, key, made_by, vectors, factory, d, shard_items)
-        grow(folder, draft, 0, vectors, coming.entries, say)
+        d, size = encoder.dimension, options.shard_items
+        say(f"{factory}: {len(coming)} items of {d} dimensions")
+        build_folder(folder, key, made_by, vectors, coming.entries, factory, d, size, say)
     if not options.keep_embeddings:
         shutil.rmtree(folder / EMBEDDINGS)
     return indexed

@@ -27,7 +27,7 @@ from patch_retriever.retrieval.index.manifest import (
     changing,
     check_parts,
 )
-from patch_retriever.retrieval.index.writing import begin, grow, load, read_draft
+from patch_retriever.retrieval.index.writing import build_folder, load
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
@@ -74,12 +74,9 @@ def migrate(folder: Path, encoder: Encoder, out: Path, say: Say = silent) -> int
         else:
             vectors = _FromFlat(folder, old, encoder, role)
         key = value_hash([old.key, made_by.fingerprint])
-        draft = read_draft(out, key, say)
-        if draft is None:
-            draft = begin(
-                out, key, made_by, vectors, old.factory, encoder.dimension, old.shard_items
-            )
-        return grow(out, draft, 0, vectors, items.all, say).count
+        d, size = encoder.dimension, old.shard_items
+        done = build_folder(out, key, made_by, vectors, items.all, old.factory, d, size, say)
+        return done.count
 
 
 def _difference(old: MadeBy, new: MadeBy) -> str:
