@@ -35,7 +35,6 @@ def factory_string(factory: str, n: int, dimension: int) -> str:
     """
     lists = _lists(n)
     auto = "flat" if n <= EXACT_UP_TO else "ivf" if n <= PLAIN_UP_TO else "ivf-sq8"
-    name = factory.lower()
     return {
         "flat": "Flat",
         "ivf": f"IVF{lists},Flat",
@@ -43,8 +42,8 @@ def factory_string(factory: str, n: int, dimension: int) -> str:
         "hnsw": "HNSW32",
         "ivf-pq": f"IVF{lists},PQ{_parts(dimension)}x8",
         "sq8": "SQ8",
-        "rabitq": "RaBitQ",
-    }.get(auto if name == "auto" else name, factory)
+        "rabitq": f"RR{dimension},RaBitQ",  # a bit a dimension, which all must weigh the same
+    }.get(auto if factory == "auto" else factory, factory)
 
 
 def _lists(n: int) -> int:
@@ -131,8 +130,11 @@ def set_search(index: faiss.Index, settings: Mapping[str, int]) -> None:
 def reserve(index: faiss.Index, count: int) -> None:
     """Take the room for `count` vectors at once; growing as they come takes up to twice as much."""
     faiss = import_faiss()
-    inner = _inner(index)
-    codes = faiss.downcast_index(inner.storage) if isinstance(inner, faiss.IndexHNSW) else inner
+    codes = _inner(index)
+    if isinstance(codes, faiss.IndexHNSW):
+        codes = faiss.downcast_index(codes.storage)
+    elif isinstance(codes, faiss.IndexPreTransform):
+        codes = faiss.downcast_index(codes.index)
     if isinstance(codes, faiss.IndexFlatCodes):
         held = codes.codes.size()
         codes.codes.resize(held + count * codes.code_size)
