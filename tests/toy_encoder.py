@@ -46,7 +46,7 @@ class ToyEncoder:
     def prompt(self, role: str) -> str:
         return f"{role}{self._asks}"
 
-    def store_key(self, role: str) -> str:
+    def store_key(self, role: str, _prompt: str | None = None) -> str:
         return value_hash([self.trunk_fingerprint, self._asks, role])
 
     def pooled(

@@ -143,15 +143,16 @@ def reserve(index: faiss.Index, count: int) -> None:
 
 def flat_vectors(index: faiss.Index) -> FlatVectors | None:
     """The vectors of an index that holds them whole, in the order of their adding."""
-    inner = _inner(index)
-    return FlatVectors(inner) if isinstance(inner, import_faiss().IndexFlat) else None
+    is_flat = isinstance(_inner(index), import_faiss().IndexFlat)
+    return FlatVectors(index) if is_flat else None
 
 
 class FlatVectors:
     """The vectors (n, d) of a Flat index, read like an array."""
 
-    def __init__(self, index: faiss.IndexFlat) -> None:
-        self._index = index
+    def __init__(self, index: faiss.Index) -> None:
+        self._owner = index  # what is inside dies with it
+        self._index = _inner(index)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
