@@ -110,9 +110,9 @@ def test_a_patch_on_tokens_is_named(tmp_path):
         tmp_path / "patched" / "patch"
     )
     patched = ToyEncoder(str(tmp_path / "patched"), trunk="else")
-    with pytest.raises(UserError, match="the patch of .*patched works on tokens, before the pool"):
+    with pytest.raises(UserError, match=r"the patch of .*patched works on tokens, before the pool"):
         migrate(old, patched, tmp_path / "new")
-    with pytest.raises(UserError, match="the patch of .*patched works on tokens, before the pool"):
+    with pytest.raises(UserError, match=r"the patch of .*patched works on tokens, before the pool"):
         migrate(make(tmp_path / "patched-index", patched), OLD, tmp_path / "new")
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
 from patch_retriever.retrieval.index.items import Entry
 from patch_retriever.retrieval.index.search import SavedIndex
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hit:
-    """An item that was found."""
+    """An item that was found; `picture` is the name by which `picture_at` opens it."""
 
     rank: int
     score: float
@@ -30,11 +28,6 @@ class Hit:
     def of(cls, rank: int, score: float, entry: Entry) -> Hit:
         """An item of the index, with its rank from 1."""
         return cls(rank, score, entry.id, entry.text, entry.picture)
-
-    def item(self) -> Item:
-        """The item itself; its picture is opened when it is needed."""
-        picture = None if self.picture is None else PictureFile(Path(self.picture))
-        return Item(self.text, picture)
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Answer:
             rows.append((str(hit.rank), f"{hit.score:.4f}", hit.id, text))
         widest = max(len(name) for _, _, name, _ in rows)
         return [
-            f"{rank:>4}  {score:>6}  {name:<{widest}}  {text}".rstrip()
+            f"{rank:>4}  {score:>7}  {name:<{widest}}  {text}".rstrip()
             for rank, score, name, text in rows
         ]
 

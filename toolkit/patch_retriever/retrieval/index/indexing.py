@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
+from patch_retriever.picture_stores import locator
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.retrieval.embeddings import (
     KEY,
@@ -231,10 +231,8 @@ class _Coming:
         """Some of the items, as the index keeps them, numbered from `first`."""
         for number, position in enumerate(positions, first):
             at = int(self._positions[position])
-            item, picture = self._corpus.items[at], None
-            if item.picture is not None:
-                is_file = isinstance(item.picture, PictureFile)
-                picture = str(Path(item.picture.name).absolute()) if is_file else item.picture.name
+            item = self._corpus.items[at]
+            picture = None if item.picture is None else locator(item.picture)
             content = _hex(self.keys_n[position])
             yield Entry(number, self._corpus.ids[at], item.text, picture, content)
 
