@@ -19,7 +19,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.retrieval import embeddings
 from patch_retriever.retrieval.index.indexing import IndexOptions, add_corpus, index_corpus
-from patch_retriever.retrieval.index.manifest import MANIFEST, Manifest
+from patch_retriever.retrieval.index.manifest import MANIFEST, MadeBy, Manifest
 from patch_retriever.retrieval.index.removing import remove_items
 from patch_retriever.retrieval.index.search import SavedIndex
 from toy_encoder import ToyEncoder, corpus, pictures
@@ -310,6 +310,34 @@ def test_the_same_again_is_done_already_and_other_items_are_refused(tmp_path):
         with pytest.raises(UserError, match="holds an index of other items or settings"):
             make(tmp_path / "ix", **other)
     assert_exact(tmp_path / "ix", corpus(*range(100)))
+
+
+def test_an_index_by_another_model_is_refused_before_anything_is_encoded(tmp_path):
+    make(tmp_path / "ix")
+    other = ToyEncoder("other", head=2)
+    with pytest.raises(UserError, match="holds an index by toy; name another folder"):
+        make(tmp_path / "ix", other)
+    assert other.encoded == []
+
+
+def test_what_changes_an_index_does_not_make_a_folder(tmp_path):
+    for act in (
+        lambda: remove_items(tmp_path / "ix", ["a"]),
+        lambda: add_corpus(corpus(1), ToyEncoder(), tmp_path / "ix"),
+        lambda: SavedIndex(tmp_path / "ix"),
+    ):
+        with pytest.raises(UserError, match=f"{tmp_path / 'ix'}: no index"):
+            act()
+    assert not (tmp_path / "ix").exists()
+
+
+@pytest.mark.parametrize("ending", ["", "@base"])
+def test_the_model_is_found_again_from_another_folder(tmp_path, monkeypatch, ending):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made_by = MadeBy.of(ToyEncoder(f"model{ending}"), "document")
+    assert made_by.model == f"{tmp_path / 'model'}{ending}"
+    assert MadeBy.of(ToyEncoder("org/hub"), "document").model == "org/hub"
 
 
 def test_adding_what_is_there_changes_nothing(tmp_path):

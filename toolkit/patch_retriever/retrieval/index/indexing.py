@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,8 +113,10 @@ def index_corpus(
             out), the factory does not fit, or the disk is full.
     """
     made_by = MadeBy.of(encoder, options.role)
-    _check_free(folder)
-    with changing(folder), open_store(folder / EMBEDDINGS, encoder, options.role, say=say) as store:
+    _check_free(folder, made_by)
+    with ExitStack() as stack:
+        stack.enter_context(changing(folder, new=True))
+        store = stack.enter_context(open_store(folder / EMBEDDINGS, encoder, options.role, say=say))
         say(f"encoding {len(corpus.items)} items with {encoder.name}")
         done = embed_items(
             encoder,
@@ -137,10 +140,7 @@ def index_corpus(
         if (folder / MANIFEST).is_file():
             there = Manifest.read(folder / MANIFEST)
             if there.key != key:
-                raise UserError(
-                    f"{folder}: holds an index of other items or settings; add to it with --add, "
-                    "or name another folder"
-                )
+                raise UserError(f"{folder}: holds an index of other items or settings; {_INSTEAD}")
             check_parts(folder, there.parts)
             say(f"{folder}: done before")
             return indexed
@@ -168,14 +168,17 @@ def add_corpus(
         UserError: another model made the index, an id is there with another content, an item
             cannot be read (with `skip_bad` it is left out), or the disk is full.
     """
-    start = Manifest.read(folder / MANIFEST)
-    start.made_by.check(folder, encoder)
-    role: Role = "query" if start.made_by.role == "query" else "document"
-    check_parts(folder, start.parts)
-    kept = (folder / EMBEDDINGS).is_dir()
-    there = Items(folder, start.shards).find(corpus.ids)
-    new = _New(corpus, there)
-    with changing(folder), open_store(folder / EMBEDDINGS, encoder, role, say=say) as store:
+    with ExitStack() as stack:
+        stack.enter_context(changing(folder))
+        start = Manifest.read(folder / MANIFEST)
+        start.made_by.check(folder, encoder)
+        check_parts(folder, start.parts)
+        there = Items(folder, start.shards).find(corpus.ids)
+        new = _New(corpus, there)
+        kept = (folder / EMBEDDINGS).is_dir()
+        role = cast("Role", start.made_by.role)
+        store = stack.enter_context(open_store(folder / EMBEDDINGS, encoder, role, say=say))
+        say(f"encoding {len(new.items)} items with {encoder.name}")
         done = embed_items(
             encoder,
             new.items,
@@ -203,13 +206,20 @@ def add_corpus(
     return indexed
 
 
-def _check_free(folder: Path) -> None:
-    """Refuse a folder that holds anything but an index."""
+_INSTEAD = "add to it with --add, or name another folder"
+
+
+def _check_free(folder: Path, made_by: MadeBy) -> None:
+    """Refuse a folder that holds anything but an index by the same model, before encoding."""
     if folder.is_file():
         raise UserError(f"{folder}: a file; name a folder to write to")
     ours = (MANIFEST, EMBEDDINGS, "lock")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in ours):
         raise UserError(f"{folder}: not empty and no index; name another folder")
+    if (folder / MANIFEST).is_file():
+        there = Manifest.read(folder / MANIFEST).made_by
+        if there.fingerprint != made_by.fingerprint:
+            raise UserError(f"{folder}: holds an index by {there.model}; name another folder")
 
 
 class _Coming:

@@ -62,7 +62,7 @@ def migrate(folder: Path, encoder: Encoder, out: Path, say: Say = silent) -> int
     if (out / MANIFEST).is_file():
         raise UserError(f"{out}: holds an index; name another folder")
     items = Items(folder, old.shards)
-    with changing(out), ExitStack() as stack:
+    with changing(out, new=True), ExitStack() as stack:
         store = _kept_store(folder, encoder, role, out, say)
         vectors: Vectors
         if store is not None:
