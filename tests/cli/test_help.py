@@ -42,7 +42,11 @@ def test_the_commands_are_those_of_the_docs():
         "encode",
         "evaluate",
         "explain",
+        "index",
+        "index-migrate",
+        "index-remove",
         "info",
+        "search",
         "train-sae",
     ]
 

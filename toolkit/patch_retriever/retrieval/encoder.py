@@ -92,6 +92,14 @@ class Encoder:
         head = [self._truncate, self._unit, _fingerprint(self._head), self._prompts]
         return value_hash([self.trunk_fingerprint, head])
 
+    @property
+    def only_normalises(self) -> bool:
+        """Whether the head does nothing but bring pooled vectors to length 1."""
+        from sentence_transformers.base.modules import Normalize
+
+        whole = self._truncate is None and all(isinstance(m, Normalize) for m in self._head)
+        return whole and (self._unit or len(self._head) > 0)
+
     def store_key(self, role: Role, prompt: str | None = None) -> str:
         """SHA-256 of all that decides the pooled vectors of items in a role."""
         routed = any("task" in getattr(m, "forward_kwargs", ()) for m in self._trunk)
@@ -276,9 +284,16 @@ def _fingerprint(modules: Iterable[nn.Module]) -> str:
 
 
 def _without_state(path: Path) -> bytes:
-    """A processor's file; a tokenizer also saves how it padded and cut its last batch."""
-    if path.name != "tokenizer.json":
+    """A processor's file; a tokenizer also saves how it padded and cut its last batch, and one
+    that is loaded from such a file says so in its settings."""
+    if path.name not in ("tokenizer.json", "tokenizer_config.json"):
         return path.read_bytes()
     values = json.loads(path.read_text())
-    values["padding"] = values["truncation"] = None
+    if path.name == "tokenizer.json":
+        values["padding"] = values["truncation"] = None
+    for name in ("max_length", "pad_to_multiple_of", "pad_token_type_id", "stride"):
+        values.pop(name, None)
+    values.pop("truncation_strategy", None)
+    for side in ("padding_side", "truncation_side"):
+        values.setdefault(side, "right")
     return json.dumps(values, sort_keys=True).encode()
