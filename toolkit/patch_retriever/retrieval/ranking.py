@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,7 +92,7 @@ def rank(
     else:
         scores_qk, found_qk = search(queries_qd, k)
         ranking = _ordered(scores_qk, found_qk.astype(np.int64), order_n)
-    return _without(ranking, _excluded(task), depth)
+    return _without(ranking, _excluded(task), depth, len(candidates))
 
 
 def search_exactly(
@@ -108,14 +108,139 @@ def search_exactly(
     """
     if order_n is None:
         order_n = np.arange(len(candidates))
-    parts = []
-    for start in range(0, len(queries_qd), _QUERIES):
-        part_qd = queries_qd[start : start + _QUERIES]
-        best_qk = np.zeros((len(part_qd), 0), dtype=np.uint64)
-        for first in range(0, len(candidates), _CANDIDATES):
-            chunk_nd = candidates[first : first + _CANDIDATES]
-            orders_n = order_n[first : first + len(chunk_nd)]
-            best_qk = _best(part_qd @ chunk_nd.T, orders_n, best_qk, k)
-        parts.append(best_qk)
-    keys_qk = -np.sort(-np.concatenate(parts).view(np.int64), axis=1)
-    return _from_keys(keys_qk.view(np.uint64), order_n)
+    starts = range(0, len(queries_qd), _QUERIES)
+    best = [np.zeros((len(queries_qd[s : s + _QUERIES]), 0), dtype=np.uint64) for s in starts]
+    for first in range(0, len(candidates), _CANDIDATES):  # read once: they may be on disk
+        chunk_nd = candidates[first : first + _CANDIDATES]
+        orders_n = order_n[first : first + len(chunk_nd)]
+        for i, start in enumerate(starts):
+            scores_qn = queries_qd[start : start + _QUERIES] @ chunk_nd.T
+            best[i] = _best(scores_qn, orders_n, best[i], k)
+    return _from_keys(np.sort(np.concatenate(best), axis=1)[:, ::-1], order_n)
+
+
+def _id_order(ids: Sequence[str]) -> NDArray[np.int64]:
+    """The place of every candidate among equal scores (n,): ids descending, as trec_eval has it."""
+    names = list(ids)
+    order_n = np.empty(len(names), dtype=np.int64)
+    order_n[sorted(range(len(names)), key=names.__getitem__, reverse=True)] = np.arange(len(names))
+    return order_n
+
+
+_LAST = np.uint64(0xFFFFFFFF)
+
+
+def _keys(scores: NDArray[np.float32], orders: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """64-bit keys that are larger the earlier a candidate comes: the score's bits, made sortable,
+    then its order among equals. 0 for a score that is no number or minus infinity."""
+    bits = (scores.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 becomes 0
+    sortable = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
+    keys = (sortable << np.uint64(32)) | (_LAST - orders.astype(np.uint64))
+    return np.where(scores > -np.inf, keys, np.uint64(0))
+
+
+def _from_keys(keys_qk: NDArray[np.uint64], order_n: NDArray[np.int64]) -> Ranking:
+    """The ranking that sorted keys (q, k) stand for."""
+    place_n = np.argsort(order_n)  # the candidate at each place of the order
+    high = (keys_qk >> np.uint64(32)).astype(np.uint32)
+    bits = np.where(high >> 31, high & np.uint32(0x7FFFFFFF), ~high)
+    nothing_qk = keys_qk == 0
+    at_qk = np.where(nothing_qk, 0, _LAST - (keys_qk & _LAST)).astype(np.int64)
+    found_qk = np.where(nothing_qk, NOTHING, place_n[at_qk])
+    return Ranking(found_qk, np.where(nothing_qk, -np.inf, bits.view(np.float32)))
+
+
+def _largest(keys_qk: NDArray[np.uint64], k: int) -> NDArray[np.uint64]:
+    """The k largest of each row, in any order."""
+    if keys_qk.shape[1] <= k:
+        return keys_qk
+    return np.partition(keys_qk, keys_qk.shape[1] - k, axis=1)[:, -k:]
+
+
+def _best(
+    scores_qn: NDArray[np.float32],
+    orders_n: NDArray[np.int64],
+    best_qk: NDArray[np.uint64],
+    k: int,
+) -> NDArray[np.uint64]:
+    """The k largest keys of a chunk's scores and of those before."""
+    import torch
+
+    n = scores_qn.shape[1]
+    if n <= 4 * k:
+        keys_qn = _keys(scores_qn, orders_n[None])
+        return _largest(np.concatenate([best_qk, keys_qn], axis=1), k)
+    # few pass: the fast selection by score alone, done again where equal scores cross its end
+    scores_qn = np.nan_to_num(scores_qn, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    top_qk, at_qk = (part.numpy() for part in torch.topk(torch.from_numpy(scores_qn), k))
+    keys_qk = _keys(top_qk, orders_n[at_qk])
+    crossing = (scores_qn >= top_qk[:, -1:]).sum(1) > k
+    if crossing.any():
+        keys_qk[crossing] = _largest(_keys(scores_qn[crossing], orders_n[None]), k)
+    return _largest(np.concatenate([best_qk, keys_qk], axis=1), k)
+
+
+def _ordered(
+    scores_qk: NDArray[np.float32], found_qk: NDArray[np.int64], order_n: NDArray[np.int64]
+) -> Ranking:
+    """What an index found, equal scores in the order; an index says -1 where it found no more."""
+    orders_qk = order_n[np.maximum(found_qk, 0)]
+    keys_qk = np.where(found_qk == NOTHING, np.uint64(0), _keys(scores_qk, orders_qk))
+    return _from_keys(np.sort(keys_qk, axis=1)[:, ::-1], order_n)
+
+
+def _positions(task: RetrievalTask, wanted: Iterable[str]) -> dict[str, int]:
+    """Where the candidates of some ids are, for those that there are."""
+    ids = set(wanted)
+    return {name: i for i, name in enumerate(task.candidate_ids) if name in ids}
+
+
+def _excluded(task: RetrievalTask) -> NDArray[np.int64]:
+    """What is excluded, as query number times candidates plus candidate number."""
+    n = len(task.candidate_ids)
+    positions = _positions(task, (c for some in task.excluded.values() for c in some))
+    keys = [
+        q * n + positions[c]
+        for q, query in enumerate(task.query_ids)
+        for c in task.excluded.get(query, ())
+        if c in positions
+    ]
+    return np.array(keys, dtype=np.int64)
+
+
+def _without(ranking: Ranking, excluded: NDArray[np.int64], depth: int, n: int) -> Ranking:
+    """A ranking without what is excluded, cut at `depth`."""
+    found_qk, scores_qk = ranking.found_qk, ranking.scores_qk
+    if len(excluded):
+        asked_qk = found_qk + n * np.arange(len(found_qk))[:, None]
+        out_qk = np.isin(asked_qk, excluded) & (found_qk != NOTHING)
+        found_qk = np.where(out_qk, NOTHING, found_qk)
+        scores_qk = np.where(out_qk, -np.inf, scores_qk)
+        order_qk = np.argsort(found_qk == NOTHING, axis=1, kind="stable")
+        found_qk = np.take_along_axis(found_qk, order_qk, 1)
+        scores_qk = np.take_along_axis(scores_qk, order_qk, 1)
+    return Ranking(found_qk[:, :depth], scores_qk[:, :depth])
+
+
+def _rank_pools(
+    task: RetrievalTask,
+    queries_qd: NDArray[np.float32],
+    candidates: Vectors,
+    depth: int,
+    order_n: NDArray[np.int64],
+) -> Ranking:
+    """Every query over its own candidates; those without a pool over all."""
+    named = (*task.pools.values(), *task.excluded.values())
+    positions = _positions(task, (c for some in named for c in some))
+    everything = np.arange(len(order_n))
+    width = max(len(task.pools.get(query, everything)) for query in task.query_ids)
+    keys_qk = np.zeros((len(task.query_ids), min(width, depth)), dtype=np.uint64)
+    for q, query in enumerate(task.query_ids):
+        rows, out = everything, task.excluded.get(query, frozenset())
+        if query in task.pools:
+            rows = np.array([positions[c] for c in task.pools[query]], dtype=np.int64)
+        rows = rows[~np.isin(rows, [positions[c] for c in out if c in positions])]
+        scores_1n = queries_qd[q : q + 1] @ candidates[rows].T
+        best_k = _largest(_keys(scores_1n, order_n[rows][None]), keys_qk.shape[1])[0]
+        keys_qk[q, : len(best_k)] = np.sort(best_k)[::-1]
+    return _from_keys(keys_qk, order_n)

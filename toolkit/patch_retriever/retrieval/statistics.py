@@ -37,9 +37,7 @@ class Resamples:
 
     def __init__(self, queries_by_task: Mapping[str, int], seed: int, draws: int = DRAWS) -> None:
         rng = np.random.default_rng(seed)
-        self._counts_rq = {
-            name: _multinomial(rng, n, draws) for name, n in queries_by_task.items()
-        }
+        self._counts_rq = {name: _multinomial(rng, n, draws) for name, n in queries_by_task.items()}
 
     def interval(self, deltas: Mapping[str, NDArray[np.float64]]) -> Difference:
         """The mean over tasks of the mean over queries of `deltas[task]` (q,), with its interval."""
@@ -71,9 +69,7 @@ def _multinomial(rng: np.random.Generator, n: int, draws: int) -> NDArray[np.uin
     )
 
 
-def sign_flip_p(
-    deltas: Mapping[str, NDArray[np.float64]], seed: int, flips: int = FLIPS
-) -> float:
+def sign_flip_p(deltas: Mapping[str, NDArray[np.float64]], seed: int, flips: int = FLIPS) -> float:
     """Two-sided p of a paired permutation test (Fisher's sign flips) of the mean over tasks.
 
     Where nothing differs between two models, a query's difference is as likely to be -delta as
