@@ -35,7 +35,7 @@ def vectors(scores_qn) -> tuple[np.ndarray, np.ndarray]:
     return np.eye(len(scores_qn), dtype=np.float32), np.ascontiguousarray(scores_qn.T)
 
 
-def by_trec(qrels, run, depth=None) -> dict[str, dict[str, float]]:
+def by_trec(qrels, run) -> dict[str, dict[str, float]]:
     """Every metric of every query by pytrec_eval; `run` is {query: {candidate: score}}."""
     cut = ",".join(map(str, CUTOFFS))
     measures = {f"{m}.{cut}" for m in ("success", "recall", "P", "map_cut", "ndcg_cut")}

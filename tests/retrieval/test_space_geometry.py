@@ -34,7 +34,7 @@ def test_anisotropy_and_gaps_are_those_of_all_pairs_and_means(monkeypatch, chunk
     x_nd = unit(40)
     found = Moments.of(x_nd, KINDS_N)
     assert found.anisotropy == pytest.approx(1 - pdist(x_nd, "cosine").mean(), abs=1e-6)
-    means = [x_nd[KINDS_N == kind].mean(0) for kind in range(3)]
+    means = [x_nd[kind == KINDS_N].mean(0) for kind in range(3)]
     expected = {
         "text, image": np.linalg.norm(means[0] - means[1]),
         "text, both": np.linalg.norm(means[0] - means[2]),

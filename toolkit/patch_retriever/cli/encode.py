@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from patch_retriever.cli import options
+
+if TYPE_CHECKING:
+    from patch_retriever.retrieval.encoder import Role
 
 
 @click.command()
@@ -29,7 +33,7 @@ from patch_retriever.cli import options
 )
 @options.device
 @options.items_per_pass
-def encode(model: str, items: Path, out: Path, role: str, device: str, batch_size: int) -> None:
+def encode(model: str, items: Path, out: Path, role: Role, device: str, batch_size: int) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
     ITEMS is a JSON-lines file; a line holds "text", "image" (a path, relative to the file) or both.
@@ -39,11 +43,11 @@ def encode(model: str, items: Path, out: Path, role: str, device: str, batch_siz
     patch-retriever encode demo questions.jsonl --as query -o questions.npy
     """
     from patch_retriever.cli.progress import Narrator, quiet_libraries
-    from patch_retriever.retrieval.compare import load_model
     from patch_retriever.retrieval.encode import encode_file, read_items
+    from patch_retriever.retrieval.encoder import load_encoder
 
     quiet_libraries()
     rows = read_items(items)
-    loaded = load_model(model, device)
-    shape = encode_file(loaded, rows, out, role, batch_size, Narrator().progress, name=model)
+    encoder = load_encoder(model, device)
+    shape = encode_file(encoder, rows, out, role, batch_size, Narrator().progress)
     click.echo(f"{out}: {shape[0]} embeddings of {shape[1]} dimensions")

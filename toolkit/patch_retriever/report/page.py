@@ -60,6 +60,7 @@ def write_report(
     test = Features.load(run / "features" / "test.safetensors")
     groups = {needs: [row for row in table["rows"] if row["needs"] == needs] for needs in NEEDS}
     page = render(
+        "report.html.jinja",
         model=config.model,
         version=patch_retriever.__version__,
         summary=summary(table),
@@ -87,8 +88,8 @@ def write_report(
     write_text(folder / REPORT, page)
 
 
-def render(**values: Any) -> str:
-    """The page; every text is escaped. Raises if a value is missing."""
+def render(template: str, **values: Any) -> str:
+    """A page; every text is escaped. Raises if a value is missing."""
     environment = Environment(
         loader=PackageLoader("patch_retriever.report"),
         autoescape=True,
@@ -102,7 +103,7 @@ def render(**values: Any) -> str:
         "short": lambda number: f"{number:.3g}",
         "setting": setting_text,
     }
-    return environment.get_template("report.html.jinja").render(values) + "\n"
+    return environment.get_template(template).render(values) + "\n"
 
 
 def summary(table: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ class Moments:
     def gap(self, one: str, other: str) -> float:
         """Modality gap of two kinds, |mean_one - mean_other| (Liang et al. 2022, arXiv
         2203.02053, section 4.2); nan where one is missing."""
-        a, b = (KINDS.index(kind) for kind in (one, other))  # type: ignore[arg-type]
+        a, b = (KINDS.index(kind) for kind in (one, other))
         if not (self.count_k[a] and self.count_k[b]):
             return float("nan")
         means = [self.sum_kd[i] / self.count_k[i] for i in (a, b)]

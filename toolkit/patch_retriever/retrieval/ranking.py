@@ -46,7 +46,7 @@ class Ranking:
 
     def grades(self, task: RetrievalTask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Grades at each place (q, k), and all grades that the qrels hold (q, m); 0 for none."""
-        positions = _positions(task, (c for judged in task.qrels.values() for c in judged))
+        at = positions(task, (c for judged in task.qrels.values() for c in judged))
         n = len(task.candidate_ids)
         keys: list[int] = []
         values: list[int] = []
@@ -55,7 +55,7 @@ class Ranking:
         for q, query in enumerate(task.query_ids):
             judged = task.qrels[query]
             judged_qm[q, : len(judged)] = list(judged.values())
-            known = {positions[c]: grade for c, grade in judged.items() if c in positions}
+            known = {at[c]: grade for c, grade in judged.items() if c in at}
             keys += [q * n + position for position in known]
             values += known.values()
         grades_qk = np.zeros(self.found_qk.shape, dtype=np.int64)
@@ -189,7 +189,7 @@ def _ordered(
     return _from_keys(np.sort(keys_qk, axis=1)[:, ::-1], order_n)
 
 
-def _positions(task: RetrievalTask, wanted: Iterable[str]) -> dict[str, int]:
+def positions(task: RetrievalTask, wanted: Iterable[str]) -> dict[str, int]:
     """Where the candidates of some ids are, for those that there are."""
     ids = set(wanted)
     return {name: i for i, name in enumerate(task.candidate_ids) if name in ids}
@@ -198,12 +198,12 @@ def _positions(task: RetrievalTask, wanted: Iterable[str]) -> dict[str, int]:
 def _excluded(task: RetrievalTask) -> NDArray[np.int64]:
     """What is excluded, as query number times candidates plus candidate number."""
     n = len(task.candidate_ids)
-    positions = _positions(task, (c for some in task.excluded.values() for c in some))
+    at = positions(task, (c for some in task.excluded.values() for c in some))
     keys = [
-        q * n + positions[c]
+        q * n + at[c]
         for q, query in enumerate(task.query_ids)
         for c in task.excluded.get(query, ())
-        if c in positions
+        if c in at
     ]
     return np.array(keys, dtype=np.int64)
 
@@ -231,15 +231,15 @@ def _rank_pools(
 ) -> Ranking:
     """Every query over its own candidates; those without a pool over all."""
     named = (*task.pools.values(), *task.excluded.values())
-    positions = _positions(task, (c for some in named for c in some))
+    at = positions(task, (c for some in named for c in some))
     everything = np.arange(len(order_n))
     width = max(len(task.pools.get(query, everything)) for query in task.query_ids)
     keys_qk = np.zeros((len(task.query_ids), min(width, depth)), dtype=np.uint64)
     for q, query in enumerate(task.query_ids):
         rows, out = everything, task.excluded.get(query, frozenset())
         if query in task.pools:
-            rows = np.array([positions[c] for c in task.pools[query]], dtype=np.int64)
-        rows = rows[~np.isin(rows, [positions[c] for c in out if c in positions])]
+            rows = np.array([at[c] for c in task.pools[query]], dtype=np.int64)
+        rows = rows[~np.isin(rows, [at[c] for c in out if c in at])]
         scores_1n = queries_qd[q : q + 1] @ candidates[rows].T
         best_k = _largest(_keys(scores_1n, order_n[rows][None]), keys_qk.shape[1])[0]
         keys_qk[q, : len(best_k)] = np.sort(best_k)[::-1]

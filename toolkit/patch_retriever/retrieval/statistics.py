@@ -40,7 +40,7 @@ class Resamples:
         self._counts_rq = {name: _multinomial(rng, n, draws) for name, n in queries_by_task.items()}
 
     def interval(self, deltas: Mapping[str, NDArray[np.float64]]) -> Difference:
-        """The mean over tasks of the mean over queries of `deltas[task]` (q,), with its interval."""
+        """The mean over tasks of the mean over queries of `deltas[task]` (q,), with an interval."""
         draws_r = np.mean([self._means(name, delta_q) for name, delta_q in deltas.items()], axis=0)
         low, high = np.quantile(draws_r, (0.025, 0.975))
         mean = float(np.mean([delta_q.mean() for delta_q in deltas.values()]))
