@@ -82,9 +82,8 @@ def _against(comparison: Comparison, row: Row) -> str:
     width = 2 + max(len(task) for task in (*comparison.tasks, "overall"))
     needs = f" (needs {row.needs})" if row.needs else ""
     lines = [f"{row.name} against {comparison.base.name}{needs}"]
-    lines.append(
-        f"  {'task':<{width}}{'metric':<9}{'difference':>24}{'p':>9}{'won':>7}{'lost':>7}{'tied':>7}"
-    )
+    counted = "".join(f"{name:>7}" for name in ("won", "lost", "tied"))
+    lines.append(f"  {'task':<{width}}{'metric':<9}{'difference':>24}{'p':>9}{counted}")
     metrics = shown_metrics(comparison)
     found = {m: comparison.against_base(row, m) for m in metrics}
     for task in comparison.tasks:

@@ -134,9 +134,7 @@ def task_gallery(cast: Cast, before: Rankings, after: Rankings) -> TaskGallery:
         for q, both in zip(chosen, tops, strict=True):
             relevant = cast.relevant(q)
             sides = [
-                Side(
-                    _rank(side, q), tuple(Hit(cast.document(p), p in relevant) for p in top[:TOP])
-                )
+                Side(_rank(side, q), tuple(Hit(cast.document(p), p in relevant) for p in top[:TOP]))
                 for side, top in zip((before, after), both, strict=True)
             ]
             examples.append(Example(cast.query(q), cast.document(relevant[0]), *sides))

@@ -189,8 +189,8 @@ class Bench:
             known = [self._calibration(calibration, ready, role) for role in ROLES]
         path = None
         if keep is not None:
-            made_of = [correction.name, *(keys_n.tobytes().hex() for keys_n, _ in known)] if correction else []
-            path = keep / self._file(ready, made_of)
+            learned_from = [keys_n.tobytes().hex() for keys_n, _ in known]
+            path = keep / self._file(ready, correction.name if correction else "", learned_from)
             if (kept := Trial.load(path)) is not None:
                 return kept
         sides = list(zip(ready.vectors, ready.kinds, strict=True))
@@ -213,14 +213,15 @@ class Bench:
             found.save(path)
         return found
 
-    def _file(self, ready: Ready, made_of: list[str]) -> str:
+    def _file(self, ready: Ready, correction: str, learned_from: list[str]) -> str:
         """The name of a trial's file: it changes with all that its figures depend on."""
         said = [self._encoder.prompt(role, self._prompt(ready.task, role)) for role in ROLES]
         s = self._settings
-        how = [_FORMAT, DEPTH, s.cutoffs, s.index, said, made_of]
+        how = [_FORMAT, DEPTH, s.cutoffs, s.index, said, correction, learned_from]
         key = value_hash([self._encoder.fingerprint, ready.digest(), how])
-        words = [Path(self._encoder.name).name, *made_of[:1], ready.task.name]
-        return "-".join([*(re.sub(r"[^\w.@]+", "-", word) for word in words), f"{key[:16]}.parquet"])
+        words = [Path(self._encoder.name).name, correction, ready.task.name]
+        told = [re.sub(r"[^\w.@]+", "-", word) for word in words if word]
+        return "-".join([*told, f"{key[:16]}.parquet"])
 
     def _calibration(
         self, tasks: Sequence[RetrievalTask], ready: Ready, role: Role
