@@ -145,7 +145,7 @@ def evaluate(
     from patch_retriever.cli.progress import Narrator, quiet_libraries
     from patch_retriever.files import write_json, write_text
     from patch_retriever.report.comparison import to_json, to_text
-    from patch_retriever.report.comparison_page import comparison_page
+#    from patch_retriever.report.comparison_page import comparison_page
     from patch_retriever.retrieval.chosen import calibration_tasks, read_chosen
     from patch_retriever.retrieval.compare import build_settings, compare_models
     from patch_retriever.retrieval.comparison import Settings
@@ -181,6 +181,6 @@ def evaluate(
         write_json(out / "comparison.json", figures)
     for path in (html, out and out / "comparison.html"):
         if path is not None:
-            write_text(path, comparison_page(found))
+#            write_text(path, comparison_page(found))
             narrator.say(f"{path}: written")
     click.echo(json.dumps(figures, indent=1) if as_json else to_text(found))
