@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -22,6 +24,41 @@ def _cutoffs(_context: click.Context, _option: click.Parameter, said: str) -> tu
     if min(found) < 1:
         raise click.BadParameter(f"{said!r}: whole numbers from 1 on expected, as in 1,5,10")
     return tuple(sorted(found))
+
+
+_READING = (
+    click.option("--split", default="test", show_default=True, help="Of the tasks."),
+    click.option(
+        "--images", type=click.Path(path_type=Path), help="Where relative pictures start."
+    ),
+    click.option("--image-column", help="The column of pictures, if not found by itself."),
+    click.option("--text-column", help="The column of texts, if not found by itself."),
+    click.option(
+        "--pool",
+        type=click.Choice(["local", "union"]),
+        default="local",
+        show_default=True,
+        help="Candidates of a task alone, or of all tasks together (M-BEIR).",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="Queries of a task at most."),
+    click.option("--allow-urls", is_flag=True, help="Download pictures named by an address."),
+    click.option("--skip-bad", is_flag=True, help="Leave bad rows and pictures out."),
+    click.option(
+        "--n",
+        type=click.IntRange(1),
+        default=500,
+        show_default=True,
+        help="Scenes asked about (scenes only).",
+    ),
+)
+"""Named as in `ReadOptions`."""
+
+
+def _reading(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how tasks are read."""
+    for option in reversed(_READING):
+        command = option(command)
+    return command
 
 
 @click.command()
@@ -42,25 +79,7 @@ def _cutoffs(_context: click.Context, _option: click.Parameter, said: str) -> tu
     metavar="NAME|DIRECTION",
     help="Only this task or direction (t->i, 't->i short', ...); may be given again.",
 )
-@click.option("--split", default="test", show_default=True, help="Of the tasks.")
-@click.option("--images", type=click.Path(path_type=Path), help="Where relative pictures start.")
-@click.option(
-    "--pool",
-    type=click.Choice(["local", "union"]),
-    default="local",
-    show_default=True,
-    help="Candidates of a task alone, or of all tasks together (M-BEIR).",
-)
-@click.option("--limit", type=click.IntRange(1), help="Queries of a task at most.")
-@click.option("--allow-urls", is_flag=True, help="Download pictures named by an address.")
-@click.option("--skip-bad", is_flag=True, help="Leave bad rows and pictures out.")
-@click.option(
-    "--n",
-    type=click.IntRange(1),
-    default=500,
-    show_default=True,
-    help="Scenes asked about (scenes only).",
-)
+@_reading
 @click.option(
     "--seed",
     type=click.IntRange(0),
@@ -88,8 +107,13 @@ def _cutoffs(_context: click.Context, _option: click.Parameter, said: str) -> tu
     "--calibration",
     multiple=True,
     metavar="SPEC",
-    help="Tasks that the baselines' statistics are of (split calibration; of benchmarks, train). "
-    "[default: the build's own]",
+    help="Tasks that the baselines' statistics are of.  [default: those of the build]",
+)
+@click.option(
+    "--calibration-split",
+    default="calibration",
+    show_default=True,
+    help="Of these tasks; benchmarks call it train.",
 )
 @click.option("--html", type=click.Path(path_type=Path), help="An HTML page to write.")
 @click.option(
@@ -112,25 +136,20 @@ def evaluate(
     against: str | None,
     specs: tuple[str, ...],
     only: tuple[str, ...],
-    split: str,
-    images: Path | None,
-    pool: Literal["local", "union"],
-    limit: int | None,
-    allow_urls: bool,
-    skip_bad: bool,
-    n: int,
     seed: int | None,
     cutoffs: tuple[int, ...],
     factory: str,
     prompts: bool,
     baselines: bool,
     calibration: tuple[str, ...],
+    calibration_split: str,
     html: Path | None,
     out: Path | None,
     cache: Path | None,
     device: str,
     batch_size: int,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Evaluate sentence-transformers MODELs (folders or hub ids) side by side on retrieval tasks.
 
@@ -145,7 +164,7 @@ def evaluate(
     from patch_retriever.cli.progress import Narrator, quiet_libraries
     from patch_retriever.files import write_json, write_text
     from patch_retriever.report.comparison import to_json, to_text
-#    from patch_retriever.report.comparison_page import comparison_page
+    from patch_retriever.report.comparison_page import comparison_page
     from patch_retriever.retrieval.chosen import calibration_tasks, read_chosen
     from patch_retriever.retrieval.compare import build_settings, compare_models
     from patch_retriever.retrieval.comparison import Settings
@@ -157,10 +176,13 @@ def evaluate(
     built = build_settings(names)
     if seed is None:  # another seed would split pairs otherwise and test on calibration
         seed = int(built.get("seed", 0))
-    reading = ReadOptions(split, images, pool, limit, skip_bad, allow_urls, seed, n)
-    tasks = read_chosen(specs, reading, only)
-    known = calibration_tasks(calibration, built, reading) if baselines else []
-    settings = Settings(cutoffs, factory, prompts, baselines, seed, skip_bad)
+    how = ReadOptions(seed=seed, **reading)
+    tasks = read_chosen(specs, how, only)
+    known = []
+    if baselines:
+        learning = replace(how, split=calibration_split, limit=None)
+        known = calibration_tasks(calibration, built, learning)
+    settings = Settings(cutoffs, factory, prompts, baselines, seed, how.skip_bad)
     with ExitStack() as stack:
         if cache is None:
             cache = out / "embeddings" if out else Path(stack.enter_context(TemporaryDirectory()))
@@ -181,6 +203,6 @@ def evaluate(
         write_json(out / "comparison.json", figures)
     for path in (html, out and out / "comparison.html"):
         if path is not None:
-#            write_text(path, comparison_page(found))
+            write_text(path, comparison_page(found))
             narrator.say(f"{path}: written")
     click.echo(json.dumps(figures, indent=1) if as_json else to_text(found))

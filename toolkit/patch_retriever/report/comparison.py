@@ -35,7 +35,7 @@ def to_text(comparison: Comparison) -> str:
     blocks += [_against(comparison, row) for row in comparison.rows[1:]]
     if len(comparison.rows) > 1:
         blocks.append(EXPLANATION)
-    blocks.append("\n".join(map(_costs, (row for row in comparison.rows if row.plain))))
+    blocks.append("\n".join(map(costs, (row for row in comparison.rows if row.plain))))
     return "\n\n".join(blocks)
 
 
@@ -108,7 +108,7 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
 
 
-def _costs(row: Row) -> str:
+def costs(row: Row) -> str:
     """What encoding and searching took."""
     figures = [trial.figures for trial in row.trials.values()]
     rate = row.encoded["items_per_second"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +47,11 @@ def _short(spec: str) -> str:
 def calibration_tasks(
     specs: Sequence[str], built: Mapping[str, Any], options: ReadOptions
 ) -> list[RetrievalTask]:
-    """What baselines may learn from: tasks that are named, or else those that a build with the
-    settings `built` was fitted on; none where there is neither."""
-    if specs:
-        learning = replace(options, split="calibration", limit=None)
-        return [task for spec in specs for task in read_tasks(spec, learning)]
-    if not built:
-        return []
-    fitted_on = ReadOptions(
-        "calibration",
-        skip_bad=built["skip_bad"],
-        seed=built["seed"],
-        n=built["scenes"]["calibration"],
-    )
-    return list(read_tasks(built["pairs"], fitted_on))
+    """What baselines may learn from: tasks that are named, read with `options`, or else those that
+    a build with the settings `built` was fitted on; none where there is neither."""
+    if not specs and built:
+        specs = [built["pairs"]]
+        names = ("skip_bad", "seed", "image_column", "text_column")
+        said = {name: built[name] for name in names if name in built}
+        options = ReadOptions(split="calibration", n=built["scenes"]["calibration"], **said)
+    return [task for spec in specs for task in read_tasks(spec, options)]
