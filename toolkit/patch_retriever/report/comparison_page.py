@@ -48,7 +48,7 @@ def comparison_page(comparison: Comparison) -> str:
         metrics=[metric_name(m) for m in metrics],
         means=_means(comparison, metrics),
         others=against,
-        needs={row.name: row.needs for row in others},
+        details={row.name: row for row in others},
         plots=[_figure(against, i, metric_name(m)) for i, m in enumerate(metrics) if others],
         geometry={
             task: [(row, *_geometry(row, task)) for row in comparison.rows]
@@ -112,7 +112,7 @@ def _figure(against: Mapping[str, dict[str, list[Line]]], i: int, metric: str) -
         for name, by_task in against.items()
     }
     tasks = list(next(iter(against.values())))
-    height = 1.4 + 0.16 * len(tasks) * (len(groups) + 1)
+    height = 1.2 + 0.12 * len(tasks) * (len(groups) + 1) + 0.17 * len(groups)
     figure = intervals(tasks, groups, f"difference in {metric} (points)", (4.6, height))
     caption = "Means with 95% intervals; dotted: no difference."
     return Drawn(f"{metric} against the base", caption, to_svg(figure, f"against{i}"))

@@ -103,7 +103,8 @@ def intervals(
     axes.axvline(0, color=INK, linestyle=":", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    _legend(axes, len(groups))
+    if len(groups) > 1:
+        figure.legend(loc="outside lower center", fontsize=8, frameon=False, labelcolor=INK)
     return figure
 
 

@@ -76,6 +76,7 @@ def compare_models(
     names = list(dict.fromkeys(names))
     for name in names:
         check_model(name.removesuffix(BASE))
+    labels = short_names(names)
     rows: list[Row] = []
     judged: dict[str, RetrievalTask] = {}
     for name in names:
@@ -93,15 +94,27 @@ def compare_models(
                 for correction, found in zip(corrections, trials, strict=True):
                     found[label] = bench.trial(ready, correction, calibration, keep)
         for correction, found in zip(corrections, trials, strict=True):
-            rows.append(_row(name, encoder, correction, found))
+            rows.append(_row(name, labels[name], encoder, correction, found))
     return Comparison(judged, tuple(rows), settings)
 
 
-def _row(name: str, encoder: Encoder, correction: Baseline | None, trials: dict[str, Trial]) -> Row:
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """What tables call models: folders by their last name, where that tells them apart."""
+    last = {name: Path(name).name if name.startswith(("/", ".", "~")) else name for name in names}
+    return last if len(set(last.values())) == len(last) else {name: name for name in names}
+
+
+def _row(
+    model: str,
+    label: str,
+    encoder: Encoder,
+    correction: Baseline | None,
+    trials: dict[str, Trial],
+) -> Row:
     if correction is None:
-        return Row(name, _needs(name), encoder.fingerprint, trials, plain=True)
-    called = f"{name} + {correction.name}"
-    return Row(called, correction.needs, encoder.fingerprint, trials, plain=False)
+        return Row(label, model, _needs(model), encoder.fingerprint, trials, plain=True)
+    called = f"{label} + {correction.name}"
+    return Row(called, model, correction.needs, encoder.fingerprint, trials, plain=False)
 
 
 def _needs(name: str) -> str:

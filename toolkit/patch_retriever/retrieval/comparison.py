@@ -59,6 +59,9 @@ class Row:
     """A model, or a correction of the first one, on every task."""
 
     name: str
+    """What tables call it."""
+    model: str
+    """The model as it was named."""
     needs: str
     fingerprint: str
     trials: dict[str, Trial]
@@ -163,6 +166,7 @@ class Comparison:
                     tasks[t].setdefault("against_base", {})[m] = against.to_json()
         return {
             "name": row.name,
+            "model": row.model,
             "needs": row.needs,
             "fingerprint": row.fingerprint,
             "encoded": row.encoded,
