@@ -25,6 +25,8 @@ from patch_retriever.retrieval.tasks import RetrievalTask
 from patch_retriever.retrieval.trial import Trial
 
 OVERALL = "overall"
+LONGEST = 36
+"""Letters of a name in a figure."""
 
 Line = tuple[str, Against, str]
 """A metric's name, a row against the base in it, and p as the table shows it."""
@@ -103,19 +105,29 @@ def _against(comparison: Comparison, row: Row, metrics: Sequence[str]) -> dict[s
 
 def _figure(against: Mapping[str, dict[str, list[Line]]], i: int, metric: str) -> Drawn:
     """The differences in the i-th metric, a line for each task."""
-    groups: dict[str, Sequence[Interval]] = {
-        name: [
-            Interval(*(100 * x for x in (d.mean, d.low, d.high)))
-            for lines in by_task.values()
-            for d in [lines[i][1].difference]
-        ]
+    groups = [
+        (
+            _brief(name),
+            [
+                Interval(*(100 * x for x in (d.mean, d.low, d.high)))
+                for lines in by_task.values()
+                for d in [lines[i][1].difference]
+            ],
+        )
         for name, by_task in against.items()
-    }
-    tasks = list(next(iter(against.values())))
+    ]
+    tasks = [_brief(task) for task in next(iter(against.values()))]
     height = 1.2 + 0.12 * len(tasks) * (len(groups) + 1) + 0.17 * len(groups)
     figure = intervals(tasks, groups, f"difference in {metric} (points)", (4.6, height))
     caption = "Means with 95% intervals; dotted: no difference."
     return Drawn(f"{metric} against the base", caption, to_svg(figure, f"against{i}"))
+
+
+def _brief(name: str) -> str:
+    """A name that fits in a figure, and that matplotlib does not take for a formula."""
+    half = LONGEST // 2
+    cut = name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"
+    return cut.replace("$", r"\$")
 
 
 def _geometry(row: Row, task: str) -> tuple[dict[str, object], list[str]]:

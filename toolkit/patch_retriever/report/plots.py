@@ -86,15 +86,15 @@ class Interval:
 
 def intervals(
     names: Sequence[str],
-    groups: dict[str, Sequence[Interval]],
+    groups: Sequence[tuple[str, Sequence[Interval]]],
     x: str,
     size: tuple[float, float] = SIZE,
 ) -> Figure:
-    """A line for each name, top to bottom, with an interval on it for each group; zero is
+    """A line for each name, top to bottom, with an interval on it for each named group; zero is
     dotted."""
     figure, axes = _figure(x, "", "", size)
     step = 0.7 / len(groups)
-    for i, (group, found) in enumerate(groups.items()):
+    for i, (group, found) in enumerate(groups):
         heights = [place + (i - (len(groups) - 1) / 2) * step for place in range(len(names))]
         means = [one.mean for one in found]
         reach = [[m - one.low for m, one in zip(means, found, strict=True)],
