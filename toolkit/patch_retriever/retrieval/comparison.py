@@ -116,8 +116,18 @@ class Comparison:
             {t: len(task.query_ids) for t, task in self.tasks.items()}, self.settings.seed
         )
 
+    @cached_property
+    def _known(self) -> dict[tuple[str, str], tuple[Against, dict[str, Against]]]:
+        return {}
+
     def against_base(self, row: Row, metric: str) -> tuple[Against, dict[str, Against]]:
         """A row against the base: over all tasks, and on each."""
+        key = (row.name, metric)
+        if key not in self._known:  # tables, page and JSON ask for the same
+            self._known[key] = self._against_base(row, metric)
+        return self._known[key]
+
+    def _against_base(self, row: Row, metric: str) -> tuple[Against, dict[str, Against]]:
         seed, deltas = self.settings.seed, row.deltas(self.base, metric)
         overall = Against(
             self._resamples.interval(deltas),

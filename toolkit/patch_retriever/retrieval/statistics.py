@@ -13,6 +13,9 @@ FLIPS = 10_000
 _AT_ONCE = 1 << 22
 """Numbers drawn in one go, so that memory does not grow with the queries."""
 
+_MANY = 8
+"""Queries that differ by the same, above which they are flipped together."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -88,14 +91,29 @@ def sign_flip_p(deltas: Mapping[str, NDArray[np.float64]], seed: int, flips: int
         for size in size_m:
             sums = np.concatenate([sums - size, sums + size])
         return float((np.abs(sums) >= far).mean())
-    # of c queries that differ by the same, only how many are flipped matters
+    # of many queries that differ by the same, only how many are flipped matters
     sizes_u, counts_u = np.unique(size_m, return_counts=True)
-    rng, step, extreme = np.random.default_rng(seed), max(1, _AT_ONCE // len(sizes_u)), 0
+    many = counts_u > _MANY
+    single_s, sizes_u, counts_u = (
+        np.repeat(sizes_u[~many], counts_u[~many]),
+        sizes_u[many],
+        counts_u[many],
+    )
+    rng, extreme = np.random.default_rng(seed), 0
+    step = max(1, _AT_ONCE // (len(single_s) + len(sizes_u)))
     for start in range(0, flips, step):
-        shape = (min(step, flips - start), len(sizes_u))
-        sums = (2.0 * rng.binomial(counts_u, 0.5, shape) - counts_u) @ sizes_u
+        n = min(step, flips - start)
+        alike_fu = 2.0 * rng.binomial(counts_u, 0.5, (n, len(sizes_u))) - counts_u
+        sums = alike_fu @ sizes_u + _signs(rng, n, len(single_s)) @ single_s
         extreme += int((np.abs(sums) >= far).sum())
     return (1 + extreme) / (1 + flips)
+
+
+def _signs(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float64]:
+    """Random -1 and 1, a bit of randomness each."""
+    count = rows * columns
+    bits = np.unpackbits(np.frombuffer(rng.bytes(-(-count // 8)), np.uint8), count=count)
+    return 2 * bits.reshape(rows, columns).astype(np.float64) - 1
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
