@@ -351,6 +351,9 @@ def test_a_missing_settings_file_is_named(tmp_path, out):
         (["evaluate", "x", "--n", "0"], "--n"),
         (["evaluate", "x", "--seed", "-1"], "--seed"),
         (["evaluate", "x", "--batch-size", "0"], "--batch-size"),
+        (["evaluate", "x", "--k", "0"], "--k"),
+        (["evaluate", "x", "--k", "1,ten"], "--k"),
+        (["evaluate", "x", "--pairs", "y"], "--pairs"),
         (["encode", "x", "y", "-o", "z", "--batch-size", "0"], "--batch-size"),
         (["encode", "x", "y", "-o", "z", "--as", "poem"], "--as"),
         (["info"], "FOLDER"),
@@ -406,6 +409,9 @@ def test_evaluate_names_an_unknown_second_model_before_it_runs_the_first(finishe
     result = invoke("evaluate", finished_build, "./nowhere", "--n", 3)
     assert result.exit_code == 2
     assert "encoding" not in result.stderr
+    assert fails("evaluate", finished_build, "--against", "./nowhere@base", "--n", 3) == (
+        "./nowhere: no such model folder"
+    )
     assert result.stderr.splitlines()[-1] == "Error: ./nowhere: no such model folder"
 
 
@@ -414,27 +420,39 @@ def test_evaluate_names_a_folder_without_a_model(tmp_path):
 
 
 def test_evaluate_names_an_unknown_task_and_those_there_are(tmp_path):
-    line = fails("evaluate", tmp_path, "--n", 3, "--task", "t->x")
+    line = fails("evaluate", tmp_path, "--n", 3, "--only", "t->x")
     assert line.startswith("no task 't->x' here; there are ")
     assert "t->i short" in line
 
 
 def test_evaluate_names_missing_pairs(tmp_path):
     path = tmp_path / "gone.jsonl"
-    assert fails("evaluate", tmp_path, "--pairs", path).startswith(f"{path}: no such pairs file")
+    assert fails("evaluate", tmp_path, "--task", path).startswith(f"{path}: no such")
 
 
 def test_evaluate_names_a_bad_row_and_offers_only_what_it_has(tmp_path, photo_folder):
     path = rewrite(photo_folder, lambda rows: rows[6].pop("text"))
-    line = fails("evaluate", tmp_path, "--pairs", path)
+    line = fails("evaluate", tmp_path, "--task", path)
     assert line.startswith(f"{path}:7: no text")
     offered = {name for option in main.commands["evaluate"].params for name in option.opts}
     assert set(re.findall(r"--[a-z-]+", line)) <= offered
 
 
 def test_evaluate_names_a_model_that_takes_no_pictures(text_only):
-    line = fails("evaluate", text_only["bert"], "--n", 3, "--task", "t->i short")
-    assert line.startswith(f"{text_only['bert']}: cannot encode these documents")
+    line = fails("evaluate", text_only["bert"], "--n", 3, "--only", "t->i short")
+    assert line.startswith(f"{text_only['bert']}: cannot encode these items")
+
+
+def test_evaluate_names_an_index_that_faiss_does_not_make(finished_build):
+    line = fails("evaluate", finished_build, "--n", 3, "--only", "i->i", "--index", "HSNW")
+    assert "'HSNW': FAISS makes no index" in line
+
+
+def test_evaluate_names_a_full_disk(finished_build, tmp_path, monkeypatch):
+    monkeypatch.setattr("patch_retriever.report.comparison_page.comparison_page", no_space)
+    args = ["evaluate", finished_build, "--n", 3, "--only", "i->i", "-o", tmp_path / "out"]
+    assert fails(*args).startswith("/the/disk: no space left")
+    assert (tmp_path / "out/comparison.json").is_file()
 
 
 @pytest.fixture

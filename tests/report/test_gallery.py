@@ -52,7 +52,7 @@ def test_won_and_lost_are_counted_as_by_brute_force(seed):
         for example, q in zip(examples, queries, strict=False):
             assert example.query.text == f"item {task.queries[q]}"
             assert example.sought.text == f"item {task.relevant[q][0]}"
-            assert (int(example.base.rank), int(example.exported.rank)) == ranks[q]
+            assert (int(example.before.rank), int(example.after.rank)) == ranks[q]
 
 
 def test_the_first_documents_are_those_of_the_ranking_with_the_relevant_marked():
@@ -67,7 +67,7 @@ def test_the_first_documents_are_those_of_the_ranking_with_the_relevant_marked()
     assert found.won and found.lost
     for example in (*found.won, *found.lost):
         q = task.queries.index(int(example.query.text.split()[1]))
-        for side, sides in ((example.base, base), (example.exported, exported)):
+        for side, sides in ((example.before, base), (example.after, exported)):
             scores = [float(sides[0][task.queries[q]] @ sides[1][d]) for d in task.documents]
             order = sorted(range(len(scores)), key=lambda p: -scores[p])[:TOP]
             assert [hit.shown.text for hit in side.hits] == [f"item {p}" for p in order]
@@ -79,7 +79,7 @@ def test_ranks_below_the_depth_are_not_told_apart(monkeypatch):
     collection = made(2)
     base, exported = embedded(1, collection), embedded(2, collection)
     (found,) = gallery(collection, base, exported)
-    ranks = {example.base.rank for example in found.won}
+    ranks = {example.before.rank for example in found.won}
     assert ranks == {"more than 3"}
 
 

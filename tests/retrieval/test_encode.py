@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures import PictureFile
-from patch_retriever.retrieval.compare import load_model
 from patch_retriever.retrieval.encode import encode_file
+from patch_retriever.retrieval.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
 def model(finished_build):
-    return load_model(str(finished_build))
+    return load_encoder(str(finished_build))
 
 
 @pytest.fixture
@@ -34,25 +35,21 @@ def test_the_file_holds_what_encode_gives(model, items, tmp_path, role, batch_si
     out = tmp_path / "out.npy"
     shape = encode_file(model, items, out, role, batch_size)
     found_nd = np.load(out, allow_pickle=False)
-    encode = model.encode_query if role == "query" else model.encode_document
+    plain = SentenceTransformer(model.name)
+    encode = plain.encode_query if role == "query" else plain.encode_document
     expected_nd = encode([item.load() for item in items])
     assert found_nd.dtype == np.float32
-    assert found_nd.shape == shape == (5, model.get_embedding_dimension())
+    assert found_nd.shape == shape == (5, plain.get_embedding_dimension())
     np.testing.assert_allclose(found_nd, expected_nd, atol=1e-5)
 
 
 def test_queries_are_encoded_as_queries(items, tmp_path):
     class Sided:
-        modalities = ("message",)
+        dimension = 2
 
-        def get_embedding_dimension(self) -> int:
-            return 2
-
-        def encode_query(self, batch, **_):
-            return np.tile(np.float64([1, 0]), (len(batch), 1))
-
-        def encode_document(self, batch, **_):
-            return np.tile(np.float16([0, 1]), (len(batch), 1))
+        def embed(self, batch, role, batch_size):
+            assert len(batch) <= batch_size
+            return np.tile(np.float64([role == "query", role == "document"]), (len(batch), 1))
 
     for role, expected in (("query", [1, 0]), ("document", [0, 1])):
         encode_file(Sided(), items, tmp_path / "out.npy", role, 2)

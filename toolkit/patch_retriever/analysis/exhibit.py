@@ -16,8 +16,9 @@ import numpy as np
 from patch_retriever.files import write_text
 from patch_retriever.report import plots
 from patch_retriever.retrieval.collection import Collection
-from patch_retriever.retrieval.evaluate import Difference, Outcome, PairedBootstrap
+from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap
 from patch_retriever.retrieval.metrics import CUTOFFS
+from patch_retriever.retrieval.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

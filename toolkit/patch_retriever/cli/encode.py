@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from patch_retriever.cli import options
+
+if TYPE_CHECKING:
+    from patch_retriever.retrieval.encoder import Role
 
 
 @click.command()
@@ -31,7 +35,7 @@ from patch_retriever.cli import options
 @options.device
 @options.items_per_pass
 def encode(
-    model: str, items: str, out: Path, role: str, skip_bad: bool, device: str, batch_size: int
+    model: str, items: str, out: Path, role: Role, skip_bad: bool, device: str, batch_size: int
 ) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
@@ -44,14 +48,13 @@ def encode(
     patch-retriever encode demo questions.jsonl --as query -o questions.npy
     """
     from patch_retriever.cli.progress import Narrator, quiet_libraries
-    from patch_retriever.retrieval.compare import load_model
     from patch_retriever.retrieval.encode import encode_file
+    from patch_retriever.retrieval.encoder import load_encoder
     from patch_retriever.retrieval.readers.items import read_corpus
 
     quiet_libraries()
     corpus = read_corpus(items, skip_bad)
-    loaded = load_model(model, device)
-    progress = Narrator().progress
-    shape = encode_file(loaded, corpus.items, out, role, batch_size, progress, name=model)
+    encoder = load_encoder(model, device)
+    shape = encode_file(encoder, corpus.items, out, role, batch_size, Narrator().progress)
     left_out = f", {len(corpus.skipped)} bad rows left out" if corpus.skipped else ""
     click.echo(f"{out}: {shape[0]} embeddings of {shape[1]} dimensions{left_out}")

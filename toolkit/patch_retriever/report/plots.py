@@ -75,6 +75,39 @@ def lines(
     return figure
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the bounds of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def intervals(
+    names: Sequence[str],
+    groups: Sequence[tuple[str, Sequence[Interval]]],
+    x: str,
+    size: tuple[float, float] = SIZE,
+) -> Figure:
+    """A line for each name, top to bottom, with an interval on it for each named group; zero is
+    dotted."""
+    figure, axes = _figure(x, "", "", size)
+    step = 0.7 / len(groups)
+    for i, (group, found) in enumerate(groups):
+        heights = [place + (i - (len(groups) - 1) / 2) * step for place in range(len(names))]
+        means = [one.mean for one in found]
+        reach = [[m - one.low for m, one in zip(means, found, strict=True)],
+                 [one.high - m for m, one in zip(means, found, strict=True)]]  # fmt: skip
+        axes.errorbar(means, heights, xerr=reach, fmt="o", markersize=3, capsize=2, label=group)
+    axes.axvline(0, color=INK, linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if len(groups) > 1:
+        figure.legend(loc="outside lower center", fontsize=8, frameon=False, labelcolor=INK)
+    return figure
+
+
 def bars(
     names: Sequence[str], groups: dict[str, Sequence[float]], y: str, title: str = ""
 ) -> Figure:

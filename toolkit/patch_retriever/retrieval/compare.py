@@ -1,141 +1,328 @@
-"""Finished models side by side on held-out tasks, as anyone would run them."""
+"""Finished models side by side on retrieval tasks, as anyone would run them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from patch_retriever.backbones.load import BUILT_IN, built_in_model
-from patch_retriever.data import SCENES
-from patch_retriever.errors import UserError, first_line
-from patch_retriever.progress import Say, silent
-from patch_retriever.retrieval.collection import Collection
-from patch_retriever.retrieval.encode import loader
-from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap, evaluate_embeddings
-from patch_retriever.retrieval.metrics import CUTOFFS
-from patch_retriever.retrieval.pairs import pairs_collection, split_pairs
-from patch_retriever.retrieval.readers.pairs import read_pairs
+import numpy as np
+from numpy.typing import NDArray
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import value_hash
+from patch_retriever.items import Item
+from patch_retriever.patch.artefact import CONFIG
+from patch_retriever.progress import Progress, Say, no_progress, silent
+from patch_retriever.retrieval.baselines import MOST, Baseline, baselines, calibrated, transductive
+from patch_retriever.retrieval.comparison import Comparison, Row, Settings
+from patch_retriever.retrieval.embeddings import Embedded, EmbeddingStore, embed_items, open_store
+from patch_retriever.retrieval.encoder import (
+    BASE,
+    ROLES,
+    Encoder,
+    Role,
+    check_model,
+    load_encoder,
+)
+from patch_retriever.retrieval.geometry import kinds_of
+from patch_retriever.retrieval.ranking import DEPTH, Vectors
+from patch_retriever.retrieval.tasks import RetrievalTask
+from patch_retriever.retrieval.trial import Trial, try_out
+from patch_retriever.retrieval.vectors import StoredVectors, at_hand
 from patch_retriever.runs import MARKER, is_ours
 
-
-def held_out_collection(
-    pairs: str, n: int, seed: int, wanted: Sequence[str] = (), skip_bad: bool = False
-) -> Collection:
-    """The test split of the built-in world or of a user's pairs, with the `wanted` tasks.
-
-    Raises:
-        UserError: the pairs cannot be used, or no task has one of the wanted names.
-    """
-    if pairs == SCENES:
-        from patch_retriever.scenes.tasks import scenes_collection
-
-        collection = scenes_collection("test", n, seed)
-    else:
-        read = read_pairs(pairs, skip_bad)
-        collection = pairs_collection("test", split_pairs(read.pairs, seed)["test"])
-    names = {name for task in collection.tasks for name in (task.name, task.direction)}
-    for name in wanted:
-        if name not in names:
-            raise UserError(f"no task {name!r} here; there are {', '.join(sorted(names))}")
-    tasks = tuple(t for t in collection.tasks if not wanted or {t.name, t.direction} & set(wanted))
-    return replace(collection, tasks=tasks)
+_FORMAT = 1
+"""Raised when a trial's figures change meaning, so that old ones are made again."""
 
 
-def build_seed(models: Sequence[str]) -> int:
-    """The seed of the first of `models` that `build` made; 0 where there is none."""
+def build_settings(models: Sequence[str]) -> dict[str, Any]:
+    """The settings of the first of `models` that `build` made; {} where there is none."""
     for name in models:
-        if is_ours(Path(name)):
-            return int(json.loads((Path(name) / MARKER).read_text())["seed"])
-    return 0
-
-
-def load_model(name: str, device: str = "cpu") -> Any:
-    """Any sentence-transformers model.
-
-    Raises:
-        UserError: there is none of that name, or it does not load.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    if name == BUILT_IN:
-        name = str(built_in_model())
-    check_model(name)
-    try:
-        return SentenceTransformer(name, device=device)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{name}: cannot be loaded ({reason})") from error
-
-
-def check_model(name: str) -> None:
-    """Refuse what is plainly no model, before anything is loaded or encoded.
-
-    Raises:
-        UserError: no such folder, or no model in it.
-    """
-    folder = Path(name)
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{name}: no such model folder")
-    if folder.is_dir() and not (
-        {p.name for p in folder.iterdir()} & {"modules.json", "config.json"}
-    ):
-        raise UserError(
-            f"{name}: no model in this folder (modules.json and config.json are missing)"
-        )
+        folder = Path(name.removesuffix(BASE))
+        if is_ours(folder):
+            settings: dict[str, Any] = json.loads((folder / MARKER).read_text())
+            return settings
+    return {}
 
 
 def compare_models(
     names: Sequence[str],
-    collection: Collection,
-    seed: int,
+    tasks: Mapping[str, RetrievalTask],
+    settings: Settings,
+    cache: Path,
+    keep: Path | None = None,
+    calibration: Sequence[RetrievalTask] = (),
     device: str = "cpu",
     batch_size: int = 64,
     say: Say = silent,
-) -> dict[str, Any]:
-    """Every model's recalls; each after the first with its paired difference to the first."""
-    bootstrap = PairedBootstrap({t.name: len(t.queries) for t in collection.tasks}, seed)
+    progress: Progress = no_progress,
+) -> Comparison:
+    """Every model on every task; the first is the base.
+
+    Args:
+        cache: folder of the embedding stores; what lies there is not encoded again.
+        keep: folder for the files of trials; what lies there is not searched again.
+        calibration: tasks whose items the deployable baselines take their statistics from.
+
+    Raises:
+        UserError: a model does not load or does not take a task's items, an item cannot be read,
+            or the disk is full. What is encoded and searched by then stays.
+    """
+    names = list(dict.fromkeys(names))
     for name in names:
-        check_model(name)
-    outcomes: list[Outcome] = []
-    models = []
+        check_model(name.removesuffix(BASE))
+    labels = short_names(names)
+    rows: list[Row] = []
+    judged: dict[str, RetrievalTask] = {}
     for name in names:
-        say(f"encoding with {name}")
-        outcomes.append(_outcome(load_model(name, device), collection, batch_size, name))
-        tasks = {}
-        for task in collection.tasks:
-            recalls = outcomes[-1].recalls(task.name)
-            tasks[task.name] = dict(zip([f"R@{k}" for k in CUTOFFS], recalls, strict=True))
-            if len(outcomes) > 1:
-                delta = bootstrap.task(outcomes[-1], outcomes[0], task.name)
-                tasks[task.name]["R@1_minus_first"] = asdict(delta)  # type: ignore[assignment]
-        models.append({"model": name, "score": outcomes[-1].score, "tasks": tasks})
-    return {"queries": {t.name: len(t.queries) for t in collection.tasks}, "models": models}
+        say(f"{name}: encoding and searching")
+        encoder = load_encoder(name, device)
+        corrections: list[Baseline | None] = [None]
+        if settings.baselines and name == names[0]:
+            corrections += baselines(bool(calibration))
+        trials: list[dict[str, Trial]] = [{} for _ in corrections]
+        with ExitStack() as stack:
+            bench = Bench(encoder, settings, cache, batch_size, stack, say, progress)
+            for label, task in tasks.items():
+                ready = bench.prepare(task)
+                judged[label] = ready.task
+                for correction, found in zip(corrections, trials, strict=True):
+                    found[label] = bench.trial(ready, correction, calibration, keep)
+        for correction, found in zip(corrections, trials, strict=True):
+            rows.append(_row(name, labels[name], encoder, correction, found))
+    return Comparison(judged, tuple(rows), settings)
 
 
-def _outcome(model: Any, collection: Collection, batch_size: int, name: str) -> Outcome:
-    """Encode what the tasks ask for, queries as queries and documents as documents."""
-    import numpy as np
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """What tables call models: folders by their last name, where that tells them apart."""
+    last = {name: Path(name).name if name.startswith(("/", ".", "~")) else name for name in names}
+    return last if len(set(last.values())) == len(last) else {name: name for name in names}
 
-    sides = []
-    load = loader(model)
-    for side, encode in (("queries", model.encode_query), ("documents", model.encode_document)):
-        needed = sorted({i for task in collection.tasks for i in getattr(task, side)})
-        parts = []
-        for start in range(0, len(needed), 8 * batch_size):  # pictures of one chunk in memory
-            items = [collection.items[i] for i in needed[start : start + 8 * batch_size]]
-            loaded = [load(item) for item in items]
-            try:
-                encoded = encode(loaded, batch_size=batch_size, show_progress_bar=False)
-            except (ValueError, TypeError) as error:
-                reason = first_line(error)
-                raise UserError(f"{name}: cannot encode these {side} ({reason})") from error
-            parts.append(np.asarray(encoded, dtype=np.float32))
-        found = np.concatenate(parts)
-        norms = np.linalg.norm(found, axis=1, keepdims=True)
-        out = np.zeros((len(collection.items), found.shape[1]), dtype=np.float32)
-        out[needed] = found / np.maximum(norms, 1e-12)
-        sides.append(out)
-    return evaluate_embeddings(sides[0], sides[1], collection)
+
+def _row(
+    model: str,
+    label: str,
+    encoder: Encoder,
+    correction: Baseline | None,
+    trials: dict[str, Trial],
+) -> Row:
+    if correction is None:
+        return Row(label, model, _needs(model), encoder.fingerprint, trials, plain=True)
+    called = f"{label} + {correction.name}"
+    return Row(called, model, correction.needs, encoder.fingerprint, trials, plain=False)
+
+
+def _needs(name: str) -> str:
+    """What a model needed that `build` made; "" of any other, whose training is not known."""
+    path = Path(name.removesuffix(BASE)) / "patch" / CONFIG
+    if not path.is_file():
+        return ""
+    return "nothing" if name.endswith(BASE) else str(json.loads(path.read_text())["about"]["needs"])
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A task whose items are encoded, without those that were left out."""
+
+    task: RetrievalTask
+    keys: tuple[NDArray[Any], NDArray[Any]]
+    """Of the content of queries and candidates."""
+    vectors: tuple[Vectors, Vectors]
+    kinds: tuple[NDArray[np.int8], NDArray[np.int8]]
+    encoded: int
+    seconds: float
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides what is found and what counts."""
+        t = self.task
+        judged = {q: dict(t.qrels[q]) for q in t.query_ids}
+        out = {q: sorted(some) for q, some in t.excluded.items()}
+        pools = {q: list(some) for q, some in t.pools.items()}
+        contents = [keys_n.tobytes().hex() for keys_n in self.keys]
+        ids = [list(t.query_ids), list(t.candidate_ids)]
+        return value_hash([t.direction, *ids, *contents, judged, out, pools])
+
+
+class Bench:
+    """One model with its embedding stores, which `stack` closes."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        settings: Settings,
+        cache: Path,
+        batch_size: int,
+        stack: ExitStack,
+        say: Say = silent,
+        progress: Progress = no_progress,
+    ) -> None:
+        self._encoder, self._settings, self._cache = encoder, settings, cache
+        self._batch_size, self._say, self._progress = batch_size, say, progress
+        self._stack = stack
+        self._stores: dict[str, EmbeddingStore] = {}
+        self._known: dict[Role, tuple[NDArray[Any], NDArray[np.int8]]] = {}
+
+    def prepare(self, task: RetrievalTask) -> Ready:
+        """Encode what is not stored yet."""
+        found = [
+            self._embed(items, role, self._prompt(task, role))
+            for role, items in zip(ROLES, (task.queries, task.candidates), strict=True)
+        ]
+        task, *keys = _without_bad(task, *found)
+        vectors = [
+            at_hand(StoredVectors(self._encoder, role, self._store(role, prompt), keys_n))
+            for role, keys_n in zip(ROLES, keys, strict=True)
+            for prompt in [self._prompt(task, role)]
+        ]
+        asked, _, answered = task.direction.partition("->")
+        return Ready(
+            task,
+            (keys[0], keys[1]),
+            (vectors[0], vectors[1]),
+            (kinds_of(task.queries, asked), kinds_of(task.candidates, answered)),
+            sum(side.encoded for side in found),
+            sum(side.seconds for side in found),
+        )
+
+    def trial(
+        self,
+        ready: Ready,
+        correction: Baseline | None,
+        calibration: Sequence[RetrievalTask],
+        keep: Path | None,
+    ) -> Trial:
+        """The model's trial, or that of a correction of it; read from `keep` if it lies there."""
+        known = []
+        if correction is not None and not correction.transductive:
+            known = [self._calibration(calibration, ready, role) for role in ROLES]
+        path = None
+        if keep is not None:
+            learned_from = [keys_n.tobytes().hex() for keys_n, _ in known]
+            path = keep / self._file(ready, correction.name if correction else "", learned_from)
+            if (kept := Trial.load(path)) is not None:
+                return kept
+        sides = list(zip(ready.vectors, ready.kinds, strict=True))
+        vectors = list(ready.vectors)
+        if known and correction is not None:
+            vectors = [
+                calibrated(correction, (self._vectors(role, keys_n), kinds_n), side)
+                for role, (keys_n, kinds_n), side in zip(ROLES, known, sides, strict=True)
+            ]
+        elif correction is not None:
+            vectors = [transductive(correction, side) for side in sides]
+        queries, candidates = map(at_hand, vectors)
+        s = self._settings
+        found = try_out(ready.task, queries, candidates, ready.kinds, s.cutoffs, s.index)
+        if correction is None:
+            encoded = {"encoded_items": ready.encoded, "encode_seconds": ready.seconds}
+            found = replace(found, figures=found.figures | encoded)
+        if path is not None:
+            found = replace(found, figures=found.figures | {"file": path.name})
+            found.save(path)
+        return found
+
+    def _file(self, ready: Ready, correction: str, learned_from: list[str]) -> str:
+        """The name of a trial's file: it changes with all that its figures depend on."""
+        said = [self._encoder.prompt(role, self._prompt(ready.task, role)) for role in ROLES]
+        s = self._settings
+        how = [_FORMAT, DEPTH, s.cutoffs, s.index, said, correction, learned_from]
+        key = value_hash([self._encoder.fingerprint, ready.digest(), how])
+        words = [Path(self._encoder.name).name, correction, ready.task.name]
+        told = [re.sub(r"[^\w.@]+", "-", word) for word in words if word]
+        return "-".join([*told, f"{key[:16]}.parquet"])
+
+    def _calibration(
+        self, tasks: Sequence[RetrievalTask], ready: Ready, role: Role
+    ) -> tuple[NDArray[Any], NDArray[np.int8]]:
+        """Keys and kinds of calibration's items on one side, none of them an item of the task."""
+        if role not in self._known:
+            items = [
+                item
+                for task in tasks
+                for item in (task.queries if role == "query" else task.candidates)
+            ]
+            chosen = np.random.default_rng(0).permutation(len(items))[:MOST]
+            items = [items[i] for i in np.sort(chosen)]
+            keys_n = self._embed(items, role, None).keys_n
+            _, first = np.unique(keys_n, return_index=True)
+            first = np.sort(first[keys_n[first] != b""])
+            self._known[role] = keys_n[first], kinds_of(items)[first]
+        keys_n, kinds_n = self._known[role]
+        kept = ~np.isin(keys_n, np.concatenate(ready.keys))
+        if not kept.any():
+            raise UserError(
+                f"{ready.task.name}: every calibration item is one of the test; name another "
+                "--calibration"
+            )
+        return keys_n[kept], kinds_n[kept]
+
+    def _vectors(self, role: Role, keys_n: NDArray[Any]) -> Vectors:
+        return StoredVectors(self._encoder, role, self._store(role, None), keys_n)
+
+    def _prompt(self, task: RetrievalTask, role: Role) -> str | None:
+        return task.prompts.get(role) if self._settings.prompts else None
+
+    def _embed(self, items: Sequence[Item], role: Role, prompt: str | None) -> Embedded:
+        return embed_items(
+            self._encoder,
+            items,
+            role,
+            self._store(role, prompt),
+            prompt,
+            self._batch_size,
+            self._settings.skip_bad,
+            self._progress,
+        )
+
+    def _store(self, role: Role, prompt: str | None) -> EmbeddingStore:
+        """Opened once: where the sides are encoded alike, they share one."""
+        key = self._encoder.store_key(role, prompt)
+        if key not in self._stores:
+            store = open_store(self._cache, self._encoder, role, prompt, self._say)
+            self._stores[key] = self._stack.enter_context(store)
+        return self._stores[key]
+
+
+@dataclass(frozen=True)
+class _Some(Sequence[Any]):
+    """Some members of a sequence, made when asked for."""
+
+    whole: Sequence[Any]
+    numbers: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.whole[int(self.numbers[i])]
+
+
+def _without_bad(
+    task: RetrievalTask, queries: Embedded, candidates: Embedded
+) -> tuple[RetrievalTask, NDArray[Any], NDArray[Any]]:
+    """A task without the items that were left out, and the keys of the others."""
+    if not (queries.skipped or candidates.skipped):
+        return task, queries.keys_n, candidates.keys_n
+    q, c = (np.flatnonzero(side.keys_n != b"") for side in (queries, candidates))
+    if not (len(q) and len(c)):
+        raise UserError(f"{task.name}: no item of it can be read; {queries.skipped[0]}")
+    less = replace(
+        task,
+        query_ids=_Some(task.query_ids, q),
+        queries=_Some(task.queries, q),
+        candidate_ids=_Some(task.candidate_ids, c),
+        candidates=_Some(task.candidates, c),
+        pools={query: _there(pool, task, c) for query, pool in task.pools.items()},
+        skipped=(*task.skipped, *queries.skipped, *candidates.skipped),
+    )
+    return less, queries.keys_n[q], candidates.keys_n[c]
+
+
+def _there(pool: Sequence[str], task: RetrievalTask, kept: NDArray[np.int64]) -> list[str]:
+    ids = {task.candidate_ids[int(i)] for i in kept}
+    return [candidate for candidate in pool if candidate in ids]

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write
 from patch_retriever.items import Item
 from patch_retriever.progress import Progress, no_progress
 
-
-def loader(model: Any) -> Callable[[Item], Any]:
-    """How `model` takes items: as chats where it has a chat template, else as they are."""
-    return Item.load if "message" in model.modalities else Item.load_plain
+if TYPE_CHECKING:
+    from patch_retriever.retrieval.encoder import Encoder, Role
 
 
 def encode_file(
-    model: Any,
+    encoder: Encoder,
     items: Sequence[Item],
     out: Path,
-    role: str,
+    role: Role,
     batch_size: int,
     progress: Progress = no_progress,
-    name: str = "the model",
 ) -> tuple[int, int]:
-    """Write the embeddings of `items` as a .npy file (n, d) in float32; returns its shape."""
-    encode = model.encode_query if role == "query" else model.encode_document
-    load = loader(model)
-    shape = (len(items), model.get_embedding_dimension())
+    """Write the vectors of `items` as a .npy file (n, d) in float32; returns its shape.
+
+    Raises:
+        UserError: a picture cannot be read, the model does not take such items, or the file
+            cannot be written.
+    """
+    shape = (len(items), encoder.dimension)
 
     def fill(path: Path) -> None:
         with path.open("wb") as file:
@@ -40,13 +39,10 @@ def encode_file(
             )
             starts = range(0, len(items), batch_size)
             for start in progress(starts, len(starts)):
-                batch = [load(item) for item in items[start : start + batch_size]]
-                try:
-                    rows = encode(batch, batch_size=batch_size, show_progress_bar=False)
-                except (ValueError, TypeError) as error:
-                    reason = first_line(error)
-                    raise UserError(f"{name}: cannot encode these items ({reason})") from error
-                file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+                rows_nd = encoder.embed(
+                    items[start : start + batch_size], role, batch_size=batch_size
+                )
+                file.write(np.ascontiguousarray(rows_nd, dtype="<f4").tobytes())
 
     write(out, fill)
     return shape

@@ -1,0 +1,91 @@
+"""Plain corrections that any embedder can have without training: centring and ReAlign.
+
+Two kinds, kept apart by name. *Deployable*: statistics of calibration items, of each side and each
+kind of item by itself. *Transductive*: statistics of the test queries and of the test candidates
+themselves, as the code of the paper takes them (arXiv 2512.19115); no search system knows its
+queries beforehand, so these are no fair rival, only what the paper's numbers have to be compared
+with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patch_retriever.items import KINDS
+from patch_retriever.patch import fit
+from patch_retriever.patch.operators import Affine, By
+from patch_retriever.retrieval.ranking import Vectors
+from patch_retriever.retrieval.vectors import MappedVectors, chunks
+
+BETA = 0.1
+"""ReAlign's shrinkage, as in the paper."""
+MOST = 50_000
+"""Items that statistics are taken of; of more, this many drawn at random."""
+
+Fit = Callable[[Tensor, Sequence[Tensor], By], Affine]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A correction, and whether its statistics are those of the test items themselves."""
+
+    name: str
+    fit: Fit
+    transductive: bool
+
+    @property
+    def needs(self) -> str:
+        """What it is fitted on, in words."""
+        if self.transductive:
+            return "the test items themselves (transductive, as the paper's code does)"
+        return "unpaired items (calibration)"
+
+
+def baselines(with_calibration: bool) -> list[Baseline]:
+    """All of them; the deployable ones only where there is something to calibrate on."""
+    fits: dict[str, Fit] = {
+        "centring": fit.centre,
+        f"ReAlign {BETA:g}": lambda x_nd, groups, by: fit.realign(x_nd, groups, by, BETA),
+    }
+    sources = (False, True) if with_calibration else (True,)
+    return [
+        Baseline(
+            f"{name}, {'transductive' if transductive else 'calibrated'}", fitted, transductive
+        )
+        for transductive in sources
+        for name, fitted in fits.items()
+    ]
+
+
+def sample(vectors: Vectors, seed: int = 0) -> NDArray[np.int64]:
+    """Row numbers of at most `MOST` vectors, ascending."""
+    n = len(vectors)
+    if n <= MOST:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, MOST, replace=False))
+
+
+def calibrated(
+    baseline: Baseline,
+    known: tuple[Vectors, NDArray[np.int8]],
+    test: tuple[Vectors, NDArray[np.int8]],
+) -> Vectors:
+    """One side of a task (its vectors, their kinds), corrected by the statistics of each kind
+    among `known` ones."""
+    rows = sample(known[0])
+    x_nd = torch.from_numpy(np.concatenate(list(chunks(known[0], rows))))
+    kinds = torch.from_numpy(known[1][rows])
+    groups = [(kinds == kind).nonzero()[:, 0] for kind in range(len(KINDS))]
+    return MappedVectors(test[0], baseline.fit(x_nd, groups, "modality"), test[1])
+
+
+def transductive(baseline: Baseline, test: tuple[Vectors, NDArray[np.int8]]) -> Vectors:
+    """One side of a task, corrected by its own statistics, whatever the kinds of its items."""
+    x_nd = torch.from_numpy(np.concatenate(list(chunks(test[0], sample(test[0])))))
+    return MappedVectors(test[0], baseline.fit(x_nd, [torch.arange(len(x_nd))], "all"), test[1])
