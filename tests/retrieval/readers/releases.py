@@ -62,10 +62,8 @@ def write_items(path: Path, rows: Sequence[dict[str, Any]], group: int = 3) -> N
 
 def write_qrels(path: Path, judged: Sequence[tuple[str, str, int]]) -> None:
     """query-id, Q0, corpus-id, score: int8."""
-    schema = pa.schema(
-        [("query-id", pa.string()), ("Q0", pa.string()), ("corpus-id", pa.string())]
-        + [("score", pa.int8())]
-    )
+    names = ("query-id", "Q0", "corpus-id")
+    schema = pa.schema([*((name, pa.string()) for name in names), ("score", pa.int8())])
     rows = [{"query-id": q, "Q0": "0", "corpus-id": d, "score": s} for q, d, s in judged]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema), path)

@@ -131,7 +131,8 @@ def test_pictures_stay_in_their_files(coco, monkeypatch):
     assert candidate.picture.name.startswith(str(coco / "corpus" / "corpus-00001-of-00002.parquet"))
 
 
-def test_several_tasks_in_a_folder(coco, tmp_path):
+@pytest.mark.usefixtures("coco")
+def test_several_tasks_in_a_folder(tmp_path):
     text = [item("9:3", "image", None, 1)]
     write_task(
         tmp_path / "mbeir_mscoco_task3", text, [item("9:4", "text", "a", None)], [("9:3", "9:4", 1)]
