@@ -20,10 +20,10 @@ from patch_retriever.retrieval.pairs import (
     SHARES,
     Pair,
     pairs_collection,
-    read_pairs,
     split_pairs,
     texts_are_shared,
 )
+from patch_retriever.retrieval.readers.pairs import read_pairs
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -127,7 +127,7 @@ def test_progress_sees_every_row(photo_folder):
     def progress(steps, total):
         seen.append(total)
         for step in steps:
-            seen.append(step[0])
+            seen.append(step)
             yield step
 
     read_pairs(photo_folder, progress=progress)
@@ -172,10 +172,10 @@ def test_a_row_that_is_no_object_is_named_with_its_line(photo_folder, line):
 
 
 def test_a_file_that_is_no_text_is_named(photo_folder):
-    says(photo_folder / "0.png", "0.png: not a UTF-8 text file")
+    says(photo_folder / "0.png", "0.png: cannot be read", "not a UTF-8 text file")
 
 
-@pytest.mark.parametrize("text", ["", "  \n", None, 7, ["a"]])
+@pytest.mark.parametrize("text", ["", "  \n", None, 7, [], ["a", " "], ["a", 7]])
 def test_a_row_without_text_is_named(photo_folder, text):
     changed = rows(photo_folder)
     changed[4]["text"] = text

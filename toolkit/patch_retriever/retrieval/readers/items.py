@@ -11,7 +11,7 @@ from typing import overload
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.retrieval.readers.rows import IMAGE_COLUMNS, Reading, Row, Source
-from patch_retriever.retrieval.readers.sources import open_source
+from patch_retriever.retrieval.readers.sources import exists, open_source
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def read_corpus(
     """
     columns = tuple(name for name in IMAGE_COLUMNS if name != "url")
     reading = Reading(image_columns=columns, images=images, allow_urls=allow_urls)
-    if not str(source).startswith("datasets:") and not Path(source).exists():
+    if not exists(str(source)):
         raise UserError(f"{source}: cannot be read (no such file or folder)")
-    opened = open_source(str(source), reading, texts_beside=False)
+    opened = open_source(str(source), reading, paired=False)
     keys = array("q")
     ids: dict[str, None] = {}
     skipped: list[str] = []
