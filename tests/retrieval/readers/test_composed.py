@@ -8,8 +8,7 @@ import pytest
 from releases import colour, write_json, write_png
 
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.readers.cirr import read_cirr
-from patch_retriever.retrieval.readers.fashioniq import read_fashioniq
+from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
 NAMES = [f"dev-{n}-0-img{n % 2}" for n in range(8)]
@@ -46,9 +45,9 @@ def cirr(tmp_path, request):
     return tmp_path
 
 
-def refused(reader, location: object, **options) -> str:
+def refused(reader: str, location: object, **options) -> str:
     with pytest.raises(UserError) as raised:
-        reader(str(location), ReadOptions(**{"split": "val", **options}))
+        read_tasks(f"{reader}:{location}", ReadOptions(**{"split": "val", **options}))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -58,7 +57,7 @@ def captions(root):
 
 
 def test_cirr_and_its_subset(cirr):
-    whole, subset = read_cirr(str(cirr), ReadOptions(split="val"))
+    whole, subset = read_tasks(f"cirr:{cirr}", ReadOptions(split="val"))
     assert (whole.name, subset.name) == ("cirr_val", "cirr_val_subset")
     for task in (whole, subset):
         assert task.direction == "it->i"
@@ -78,7 +77,7 @@ def test_cirr_and_its_subset(cirr):
 
 @pytest.mark.parametrize("split", ["test", "test1"])
 def test_cirrs_test_has_no_targets(cirr, split):
-    assert "--split val" in refused(read_cirr, cirr, split=split)
+    assert "--split val" in refused("cirr", cirr, split=split)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +95,10 @@ def test_a_bad_entry_of_cirrs_is_named(cirr, changed, what):
     entries = json.loads(path.read_text())
     entries[1].update(changed)
     write_json(path, entries)
-    said = refused(read_cirr, cirr)
+    said = refused("cirr", cirr)
     assert said.startswith(f"{path}: entry 1: ")
     assert what in said
-    whole, subset = read_cirr(str(cirr), ReadOptions(split="val", skip_bad=True))
+    whole, subset = read_tasks(f"cirr:{cirr}", ReadOptions(split="val", skip_bad=True))
     assert whole.query_ids == subset.query_ids == ["12060", "12081"]
     assert len(whole.skipped) == 1
 
@@ -107,8 +106,8 @@ def test_a_bad_entry_of_cirrs_is_named(cirr, changed, what):
 def test_a_missing_picture_of_cirrs(cirr):
     gone = cirr / "dev" / f"{NAMES[3]}.png"
     gone.unlink()
-    assert str(gone).removeprefix(str(cirr)) in refused(read_cirr, cirr)
-    whole, subset = read_cirr(str(cirr), ReadOptions(split="val", skip_bad=True, limit=1))
+    assert str(gone).removeprefix(str(cirr)) in refused("cirr", cirr)
+    whole, subset = read_tasks(f"cirr:{cirr}", ReadOptions(split="val", skip_bad=True, limit=1))
     assert whole.query_ids == ["12060"]
     assert NAMES[3] not in whole.candidate_ids
     assert len(whole.candidates) == 7
@@ -117,9 +116,9 @@ def test_a_missing_picture_of_cirrs(cirr):
 
 
 def test_cirr_that_is_not_there(cirr):
-    assert "no such file" in refused(read_cirr, cirr, split="train")
+    assert "no such file" in refused("cirr", cirr, split="train")
     (cirr / "dev").rename(cirr / "elsewhere")
-    assert "--images" in refused(read_cirr, cirr)
+    assert "--images" in refused("cirr", cirr)
 
 
 def fashion_entry(reference: str, target: str, *said: str) -> dict:
@@ -145,7 +144,7 @@ def fashion(tmp_path):
 
 
 def test_fashioniq_by_category(fashion):
-    dress, toptee = read_fashioniq(str(fashion), ReadOptions(split="val"))
+    dress, toptee = read_tasks(f"fashioniq:{fashion}", ReadOptions(split="val"))
     assert (dress.name, toptee.name) == ("fashioniq_dress_val", "fashioniq_toptee_val")
     assert [q.text for q in dress.queries] == [
         "is a lighter color and has no sleeves",
@@ -158,19 +157,19 @@ def test_fashioniq_by_category(fashion):
     assert list(dress.qrels.values()) == [{e["target"]: 1} for e in DRESSES]
     assert (dress.direction, dress.excluded, dress.pools) == ("it->i", {}, {})
     assert len(set(dress.query_ids) | set(toptee.query_ids)) == 4
-    (only,) = read_fashioniq(f"{fashion}#toptee", ReadOptions(split="val"))
+    (only,) = read_tasks(f"fashioniq:{fashion}#toptee", ReadOptions(split="val"))
     assert only.name == toptee.name
 
 
 def test_fashioniqs_test_has_no_targets(fashion):
-    assert "--split val" in refused(read_fashioniq, fashion, split="test")
+    assert "--split val" in refused("fashioniq", fashion, split="test")
 
 
 def test_a_picture_that_is_gone_from_the_web(fashion):
     (fashion / "images" / "B001.png").unlink()
-    assert str(fashion / "images" / "B001.png") in refused(read_fashioniq, fashion)
+    assert str(fashion / "images" / "B001.png") in refused("fashioniq", fashion)
     options = ReadOptions(split="val", skip_bad=True)
-    (dress,) = read_fashioniq(f"{fashion}#dress", options)
+    (dress,) = read_tasks(f"fashioniq:{fashion}#dress", options)
     assert "B001" not in dress.candidate_ids
     assert dress.query_ids == ["dress-1", "dress-2"]
     assert [colour(q.picture) for q in dress.queries] == [2, 4]
@@ -189,17 +188,17 @@ def test_a_picture_that_is_gone_from_the_web(fashion):
 def test_a_bad_entry_of_fashioniqs_is_named(fashion, changed, what):
     path = fashion / "captions" / "cap.dress.val.json"
     write_json(path, [DRESSES[0], {**DRESSES[1], **changed}, DRESSES[2]])
-    said = refused(read_fashioniq, fashion)
+    said = refused("fashioniq", fashion)
     assert said.startswith(f"{path}: entry 1: ")
     assert what in said
-    dress, _ = read_fashioniq(str(fashion), ReadOptions(split="val", skip_bad=True))
+    dress, _ = read_tasks(f"fashioniq:{fashion}", ReadOptions(split="val", skip_bad=True))
     assert dress.query_ids == ["dress-0", "dress-2"]
     assert len(dress.skipped) == 1
 
 
 def test_fashioniq_that_is_not_there(fashion):
-    assert "no such files" in refused(read_fashioniq, fashion, split="train")
-    assert "no category hat" in refused(read_fashioniq, f"{fashion}#hat")
-    assert "no such file" in refused(read_fashioniq, f"{fashion}#shirt")
+    assert "no such files" in refused("fashioniq", fashion, split="train")
+    assert "no category hat" in refused("fashioniq", f"{fashion}#hat")
+    assert "no such file" in refused("fashioniq", f"{fashion}#shirt")
     (fashion / "images").rename(fashion / "elsewhere")
-    assert "--images" in refused(read_fashioniq, fashion)
+    assert "--images" in refused("fashioniq", fashion)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from releases import colour, write_json, write_png
 
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.readers.karpathy import read_karpathy
+from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
 SPLITS = ("train", "test", "restval", "test", "val", "test")
@@ -58,7 +58,7 @@ def coco(tmp_path):
 
 def refused(location: object, **options) -> str:
     with pytest.raises(UserError) as raised:
-        read_karpathy(str(location), ReadOptions(**options))
+        read_tasks(f"karpathy:{location}", ReadOptions(**options))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -66,7 +66,7 @@ def refused(location: object, **options) -> str:
 @pytest.mark.parametrize("split", ["test", "val", "train", "restval"])
 def test_both_directions_are_those_of_a_plain_loop(flickr, split):
     path = flickr / "dataset_flickr30k.json"
-    t2i, i2t = read_karpathy(str(path), ReadOptions(split=split))
+    t2i, i2t = read_tasks(f"karpathy:{path}", ReadOptions(split=split))
     assert (t2i.name, t2i.direction) == ("flickr30k_t2i", "t->i")
     assert (i2t.name, i2t.direction) == ("flickr30k_i2t", "i->t")
     captions, of_picture = [], defaultdict(dict)
@@ -86,7 +86,7 @@ def test_both_directions_are_those_of_a_plain_loop(flickr, split):
 
 
 def test_coco_has_folders_of_pictures(coco):
-    t2i, i2t = read_karpathy(str(coco), ReadOptions(images=coco / "photos", limit=4))
+    t2i, i2t = read_tasks(f"karpathy:{coco}", ReadOptions(images=coco / "photos", limit=4))
     assert (t2i.name, i2t.name) == ("coco_t2i", "coco_i2t")
     assert list(t2i.candidate_ids) == [
         "val2014/COCO_1.jpg",
@@ -106,7 +106,7 @@ def test_a_missing_picture_is_named_and_can_be_skipped(flickr):
     said = refused(flickr)
     assert str(gone) in said
     assert "images[3]" in said
-    t2i, i2t = read_karpathy(str(flickr), ReadOptions(skip_bad=True))
+    t2i, i2t = read_tasks(f"karpathy:{flickr}", ReadOptions(skip_bad=True))
     assert list(t2i.candidate_ids) == ["1001.jpg", "1005.jpg"]
     assert len(t2i.queries) == len(i2t.candidates) == 10
     assert len(t2i.skipped) == len(i2t.skipped) == 1
@@ -131,7 +131,7 @@ def test_a_bad_entry_is_named(flickr, changed, what):
     said = refused(flickr)
     assert said.startswith(f"{path}: images[3]")
     assert what in said
-    t2i, _ = read_karpathy(str(flickr), ReadOptions(skip_bad=True))
+    t2i, _ = read_tasks(f"karpathy:{flickr}", ReadOptions(skip_bad=True))
     assert len(t2i.queries) == 10
     assert len(t2i.skipped) == 1
 
@@ -162,7 +162,7 @@ def test_any_captions_come_back(tmp_path_factory, raws):
         said = [{"raw": raw, "sentid": 10 * n + k} for k, raw in enumerate(own)]
         images.append({"filename": f"{n}.jpg", "split": "test", "sentences": said})
     write_json(root / "dataset_any.json", {"images": images})
-    t2i, i2t = read_karpathy(str(root), ReadOptions())
+    t2i, i2t = read_tasks(f"karpathy:{root}", ReadOptions())
     assert t2i.name == "dataset_any_t2i"
     assert [q.text for q in t2i.queries] == [raw for own in raws for raw in own]
     for n, own in enumerate(raws):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from releases import colour, write_lines, write_png
 
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.readers.mbeir import read_mbeir
+from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
 COCO = "mbeir_images/mscoco_images/val2014/COCO_val2014_00000000000{}.jpg"
@@ -109,13 +109,13 @@ def small(tmp_path):
 
 
 def one(location: object, **options):
-    (task,) = read_mbeir(str(location), ReadOptions(**options))
+    (task,) = read_tasks(f"mbeir:{location}", ReadOptions(**options))
     return task
 
 
 def refused(location: object, **options) -> str:
     with pytest.raises(UserError) as raised:
-        read_mbeir(str(location), ReadOptions(**options))
+        read_tasks(f"mbeir:{location}", ReadOptions(**options))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -175,7 +175,7 @@ def test_the_union_pool_is_shared_and_mixed(release, monkeypatch):
     monkeypatch.setattr(
         json_rows.JsonLines, "scan", lambda self: scans.append(self.path) or scan(self)
     )
-    tasks = read_mbeir(str(release), ReadOptions(pool="union"))
+    tasks = read_tasks(f"mbeir:{release}", ReadOptions(pool="union"))
     path = release / "cand_pool/global/mbeir_union_test_cand_pool.jsonl"
     assert scans.count(path) == 1
     assert [(t.name, t.direction) for t in tasks] == [
@@ -198,7 +198,7 @@ def test_the_union_pool_is_shared_and_mixed(release, monkeypatch):
 
 
 def test_a_root_gives_all_its_tasks(release):
-    tasks = read_mbeir(str(release), ReadOptions(limit=1))
+    tasks = read_tasks(f"mbeir:{release}", ReadOptions(limit=1))
     assert [t.name for t in tasks] == [
         "mbeir_visualnews_task0",
         "mbeir_webqa_task2",

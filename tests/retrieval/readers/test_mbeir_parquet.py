@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from releases import colour, item, png, write_items, write_qrels
 
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.readers.mbeir import read_mbeir
+from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
 TEST = "test-00000-of-00001.parquet"
@@ -41,13 +41,13 @@ def coco(tmp_path):
 
 
 def one(location: object, **options):
-    (task,) = read_mbeir(str(location), ReadOptions(**options))
+    (task,) = read_tasks(f"mbeir:{location}", ReadOptions(**options))
     return task
 
 
 def refused(location: object, **options) -> str:
     with pytest.raises(UserError) as raised:
-        read_mbeir(str(location), ReadOptions(**options))
+        read_tasks(f"mbeir:{location}", ReadOptions(**options))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -116,19 +116,22 @@ def test_both_parts_of_composed_queries(tmp_path, modality):
 
 
 def test_pictures_stay_in_their_files(coco, monkeypatch):
-    read: list[list[str]] = []
-    whole = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile,
-        "read_row_group",
-        lambda self, group, columns=None: read.append(columns) or whole(self, group, columns),
-    )
+    read: list[str] = []
+    batches = pq.ParquetFile.iter_batches
+
+    def iter_batches(self, *args, columns, **kwargs):
+        read.extend(columns)
+        return batches(self, *args, columns=columns, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     task = one(coco)
-    assert not any("image" in columns for columns in read)
     candidate = task.candidates[5]
-    assert not any("image" in columns for columns in read)
+    assert "modality" in read
+    assert not any("image" in column for column in read)
     assert candidate.picture.read() == png(5)
-    assert candidate.picture.name.startswith(str(coco / "corpus" / "corpus-00001-of-00002.parquet"))
+    assert read[-1] == "image.bytes"
+    path = coco / "corpus" / "corpus-00001-of-00002.parquet"
+    assert candidate.picture.name == f"{path}#image/1"
 
 
 @pytest.mark.usefixtures("coco")
@@ -139,7 +142,7 @@ def test_several_tasks_in_a_folder(tmp_path):
     )
     write_task(tmp_path / "a_custom_task", text, CORPUS, [("9:3", "9:10", 1)])
     (tmp_path / "notes").mkdir()
-    tasks = read_mbeir(str(tmp_path), ReadOptions())
+    tasks = read_tasks(f"mbeir:{tmp_path}", ReadOptions())
     assert [(t.name, t.direction) for t in tasks] == [
         ("mbeir_mscoco_task0", "t->i"),
         ("mbeir_mscoco_task3", "i->t"),

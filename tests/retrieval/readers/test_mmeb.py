@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from releases import colour, write_png
 
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.readers.mmeb import read_mmeb
+from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
 TEST = "test-00000-of-00001.parquet"
@@ -57,13 +57,13 @@ def mmeb(tmp_path):
 
 
 def one(location: object, **options):
-    (task,) = read_mmeb(str(location), ReadOptions(**options))
+    (task,) = read_tasks(f"mmeb:{location}", ReadOptions(**options))
     return task
 
 
 def refused(location: object, **options) -> str:
     with pytest.raises(UserError) as raised:
-        read_mmeb(str(location), ReadOptions(**options))
+        read_tasks(f"mmeb:{location}", ReadOptions(**options))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -113,7 +113,7 @@ def test_texts_without_the_image_token(mmeb):
 
 
 def test_all_datasets_of_a_root(mmeb):
-    tasks = read_mmeb(str(mmeb), ReadOptions(limit=2))
+    tasks = read_tasks(f"mmeb:{mmeb}", ReadOptions(limit=2))
     assert [t.name for t in tasks] == ["mmeb_ImageNet-1K", "mmeb_MSCOCO_t2i"]
     assert [len(t.queries) for t in tasks] == [2, 2]
     assert [len(t.candidates) for t in tasks] == [3, 4]

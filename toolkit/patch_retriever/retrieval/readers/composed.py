@@ -70,24 +70,23 @@ def composed_task(
     exclude_reference: bool,
 ) -> RetrievalTask:
     """it->i over `pictures`; a query with `members` ranks those, less its reference."""
-    asked = queries[: options.limit]
     return RetrievalTask(
         name=name,
         split=options.split,
         direction="it->i",
-        query_ids=[query.name for query in asked],
-        queries=[Item(q.text, PictureFile(pictures[q.reference])) for q in asked],
+        query_ids=[query.name for query in queries],
+        queries=[Item(q.text, PictureFile(pictures[q.reference])) for q in queries],
         candidate_ids=list(pictures),
         candidates=[Item(picture=PictureFile(path)) for path in pictures.values()],
-        qrels={query.name: {query.target: 1} for query in asked},
+        qrels={query.name: {query.target: 1} for query in queries},
         excluded=(
-            {query.name: frozenset({query.reference}) for query in asked}
+            {query.name: frozenset({query.reference}) for query in queries}
             if exclude_reference
             else {}
         ),
         pools={
             q.name: [m for m in q.members if m != q.reference and m in pictures]
-            for q in asked
+            for q in queries
             if q.members
         },
         skipped=bad.lines,

@@ -127,7 +127,7 @@ def _task(
     options: ReadOptions,
     bad: BadRows,
 ) -> RetrievalTask:
-    ids = [query for query in queries if query in qrels][: options.limit]
+    ids = [query for query in queries if query in qrels]
     return RetrievalTask(
         name=name,
         split=options.split,

@@ -212,7 +212,6 @@ def assemble(
         raise UserError(f"{where}: {name} has no usable query; bad rows: {len(bad.lines)}")
     if task is not None:
         _check_direction(where, task, queries, pool, qrels)
-    kept = kept[: options.limit]
     ids = [queries.ids[i] for i in kept]
     kinds = (KINDS[k] for k in np.unique(queries.kinds[kept]))
     pool_kinds = (KINDS[k] for k in np.unique(pool.kinds))

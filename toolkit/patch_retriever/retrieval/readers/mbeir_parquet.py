@@ -25,7 +25,7 @@ from patch_retriever.retrieval.readers.mbeir import (
 )
 from patch_retriever.retrieval.readers.mbeir_tasks import TASKS, find_task
 from patch_retriever.retrieval.readers.options import ReadOptions
-from patch_retriever.retrieval.readers.parquet_rows import ParquetPicture, ParquetRows
+from patch_retriever.retrieval.readers.parquet_shards import ParquetShards
 from patch_retriever.retrieval.readers.shared import said
 from patch_retriever.retrieval.tasks import RetrievalTask
 
@@ -115,16 +115,16 @@ def _read_task(folder: Path, options: ReadOptions) -> RetrievalTask:
 
 
 def _side(paths: list[Path], skip_bad: bool) -> Side:
-    rows = ParquetRows(paths, ["id", "modality", "text", "image"])
-    texts, pictures = ParquetRows(paths, ["text"]), ParquetRows(paths, ["image"])
+    rows = ParquetShards(paths, ["id", "modality", "text", "image"])
+    texts, pictures = ParquetShards(paths, ["text"]), rows.pictures("image")
     modalities = list(rows.column("modality"))
     shown = np.array([kind_of(modality) in ("image", "both") for modality in modalities])
-    no_picture = set(rows.without_picture("image", shown))
+    no_picture = pictures.missing(shown)
 
     def make(row: int, kind: Kind) -> Item:
         return Item(
             None if kind == "image" else said(texts[row]["text"]),
-            None if kind == "text" else ParquetPicture(pictures, row),
+            None if kind == "text" else pictures[row],
         )
 
     found = (
@@ -138,7 +138,7 @@ def _side(paths: list[Path], skip_bad: bool) -> Side:
 
 def _judgements(paths: list[Path]) -> Iterator[Judgement | str]:
     columns = ["query-id", "corpus-id", "score"]
-    rows = ParquetRows(paths, columns)
+    rows = ParquetShards(paths, columns)
     judged = zip(*(rows.column(name) for name in columns), strict=True)
     for row, (query, candidate, score) in enumerate(judged):
         if query is None or candidate is None or score is None:

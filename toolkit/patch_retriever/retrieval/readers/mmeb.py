@@ -24,7 +24,7 @@ from patch_retriever.hub import fetch_parquet, is_hub_id
 from patch_retriever.items import Item
 from patch_retriever.pictures import PictureFile
 from patch_retriever.retrieval.readers.options import ReadOptions
-from patch_retriever.retrieval.readers.parquet_rows import ParquetRows, column_names
+from patch_retriever.retrieval.readers.parquet_shards import ParquetShards, column_names
 from patch_retriever.retrieval.readers.shared import BadRows, LazyItems, image_folder, said, side
 from patch_retriever.retrieval.tasks import RetrievalTask
 
@@ -98,7 +98,7 @@ def _read_dataset(folder: Path, options: ReadOptions) -> RetrievalTask:
 
 
 def _evaluation_rows(paths: list[Path], columns: list[str]) -> Iterator[_Query | str]:
-    rows = ParquetRows(paths, [*_EVAL, *(name for name in _INSTRUCTIONS if name in columns)])
+    rows = ParquetShards(paths, [*_EVAL, *(name for name in _INSTRUCTIONS if name in columns)])
     part = cache(_part)  # most candidates are those of many queries
     for number, row in enumerate(rows):
         where = rows.where(number)
@@ -117,7 +117,7 @@ def _evaluation_rows(paths: list[Path], columns: list[str]) -> Iterator[_Query |
 
 
 def _training_rows(paths: list[Path]) -> Iterator[_Query | str]:
-    rows = ParquetRows(paths, _TRAIN)
+    rows = ParquetShards(paths, _TRAIN)
     for number, row in enumerate(rows):
         query, positive, negative = (
             _part(row[text], row[path], None)
@@ -150,12 +150,15 @@ def _task(
         base / name for base in (folder.parent, folder) for name in ("images", "", "eval_images")
     ]
     images = Path() if first is None else image_folder(options.images, usual, (first, *named))
+    gone: set[str] = set()
     exists = cache(lambda path: (images / path).is_file())
 
     def there(where: str, part: _Part) -> bool:
         if part.path is None or exists(part.path):
             return True
-        bad.add(f"{where}: {images / part.path}: no such image file")
+        if part.path not in gone:  # named once, however many queries have it among theirs
+            gone.add(part.path)
+            bad.add(f"{where}: {images / part.path}: no such image file")
         return False
 
     candidates: dict[_Part, str] = {}
@@ -167,10 +170,11 @@ def _task(
         if there(row.where, row.query) and own and own[0] == row.candidates[0]:
             usable.append(row)
             pools.append(pool)
+        else:
+            bad.add(f"{row.where}: the picture of the query or of its answer is missing")
     if not usable:
         raise UserError(f"{folder}: no usable query; bad rows: {len(bad.lines)}")
     parts = list(candidates)
-    usable, pools = usable[: options.limit], pools[: options.limit]
     ids = [str(number) for number in range(len(usable))]
 
     def item(part: _Part) -> Item:
