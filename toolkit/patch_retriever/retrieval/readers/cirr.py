@@ -60,7 +60,7 @@ def read_cirr(location: str, options: ReadOptions) -> list[RetrievalTask]:
     if not isinstance(entries, list):
         raise UserError(f"{captions}: not a JSON list")
     made = [_query(f"{captions}: entry {number}", entry) for number, entry in enumerate(entries)]
-    queries = usable(made, pictures, bad)
+    queries = usable(made, pictures, captions, bad)
     name = f"cirr_{options.split}"
     whole = [replace(query, members=()) for query in queries]
     return [

@@ -39,9 +39,13 @@ def existing(pictures: dict[str, Path], listed: Path, bad: BadRows) -> dict[str,
 
 
 def usable(
-    queries: Sequence[Composed | str], pictures: dict[str, Path], bad: BadRows
+    queries: Sequence[Composed | str], pictures: dict[str, Path], listed: Path, bad: BadRows
 ) -> list[Composed]:
-    """The queries whose pictures are there; a string says what is wrong with one."""
+    """The queries of a file whose pictures are there; a string says what is wrong with one.
+
+    Raises:
+        UserError: a bad query, or none is usable.
+    """
     kept = []
     for query in queries:
         if isinstance(query, str):
@@ -51,7 +55,7 @@ def usable(
         else:
             kept.append(query)
     if not kept:
-        raise UserError(f"no usable query; bad rows: {len(bad.lines)}, the first: {bad.lines[:1]}")
+        raise UserError(f"{listed}: no usable query; bad rows: {len(bad.lines)}")
     return kept
 
 

@@ -84,7 +84,7 @@ def _read_category(
         _query(f"{captions}: entry {number}", f"{category}-{number}", entry)
         for number, entry in enumerate(entries)
     ]
-    queries = usable(made, pictures, bad)
+    queries = usable(made, pictures, captions, bad)
     name = f"fashioniq_{category}_{options.split}"
     return composed_task(name, options, queries, pictures, bad, exclude_reference=False)
 

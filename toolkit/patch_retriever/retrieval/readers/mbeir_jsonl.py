@@ -22,7 +22,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.items import Item, Kind
 from patch_retriever.pictures import PictureFile
 from patch_retriever.retrieval.readers.json_rows import JsonLines
-from patch_retriever.retrieval.readers.mbeir import (
+from patch_retriever.retrieval.readers.mbeir_assembly import (
     Judgement,
     Row,
     Side,

@@ -15,7 +15,7 @@ import numpy as np
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item, Kind
-from patch_retriever.retrieval.readers.mbeir import (
+from patch_retriever.retrieval.readers.mbeir_assembly import (
     Judgement,
     Row,
     Side,
@@ -117,8 +117,8 @@ def _read_task(folder: Path, options: ReadOptions) -> RetrievalTask:
 def _side(paths: list[Path], skip_bad: bool) -> Side:
     rows = ParquetShards(paths, ["id", "modality", "text", "image"])
     texts, pictures = ParquetShards(paths, ["text"]), rows.pictures("image")
-    modalities = list(rows.column("modality"))
-    shown = np.array([kind_of(modality) in ("image", "both") for modality in modalities])
+    kinds = map(kind_of, rows.column("modality"))
+    shown = np.fromiter((kind in ("image", "both") for kind in kinds), bool, len(rows))
     no_picture = pictures.missing(shown)
 
     def make(row: int, kind: Kind) -> Item:
@@ -130,7 +130,7 @@ def _side(paths: list[Path], skip_bad: bool) -> Side:
     found = (
         Row(name, modality, not blank, row not in no_picture)
         for row, (name, modality, blank) in enumerate(
-            zip(rows.column("id"), modalities, rows.blank("text"), strict=True)
+            zip(rows.column("id"), rows.column("modality"), rows.blank("text"), strict=True)
         )
     )
     return collect_side(found, rows.where, make, skip_bad)
