@@ -86,6 +86,24 @@ def test_rows_are_those_that_datasets_reads(coco, tmp_path):
     }
 
 
+def test_a_task_is_as_mtebs_own_loader_has_it(coco, tmp_path, monkeypatch):
+    loaders = pytest.importorskip("mteb.abstasks.retrieval_dataset_loaders")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    card = ["---", "configs:"]
+    for part, split in (("query", "test"), ("corpus", "corpus"), ("qrels", "test")):
+        card += [f"- config_name: {part}", "  data_files:", f"  - split: {split}"]
+        card += [f"    path: {part}/{split}-*"]
+    (coco / "README.md").write_text("\n".join([*card, "---", ""]))
+    loaded = loaders.RetrievalDatasetLoader(str(coco), revision=None).load()
+    task = one(coco)
+    assert list(task.query_ids) == loaded["queries"]["id"][:]
+    assert [q.text for q in task.queries] == loaded["queries"]["text"][:]
+    assert list(task.candidate_ids) == loaded["corpus"]["id"][:]
+    for candidate, image in zip(task.candidates, loaded["corpus"]["image"], strict=True):
+        assert candidate.picture.open().tobytes() == image.convert("RGB").tobytes()
+    assert task.qrels == loaded["relevant_docs"]
+
+
 def test_flat_files_named_by_part_are_the_test_split(coco, tmp_path):
     flat = tmp_path / "flat" / "mbeir_mscoco_task0"
     flat.mkdir(parents=True)
