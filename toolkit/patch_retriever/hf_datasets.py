@@ -55,6 +55,8 @@ def load(location: str) -> Any:
         if split is not None and split not in loaded:
             raise UserError(f"{DATASETS}{location}: has only the splits {', '.join(loaded)}")
         loaded = loaded[split or next(iter(loaded))]
+    elif split is not None and loaded.split is not None and str(loaded.split) != split:
+        raise UserError(f"{DATASETS}{location}: is the split {loaded.split}, not {split}")
     return loaded.with_format("arrow")
 
 

@@ -116,7 +116,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     with reading(path):
-        return pq.ParquetFile(path, buffer_size=2**20)
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
 
 
 def picture_fields(kind: pa.DataType) -> tuple[str | None, str | None]:
