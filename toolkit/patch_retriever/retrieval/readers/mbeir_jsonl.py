@@ -153,7 +153,7 @@ def _side(lines: JsonLines, keys: _Keys, images: Path, skip_bad: bool, number: i
     def make(row: int, kind: Kind) -> Item:
         values = lines[row]
         return Item(
-            None if kind == "image" else said(values[keys.text]),
+            None if kind == "image" else said(values.get(keys.text)),
             None if kind == "text" else PictureFile(images / values[keys.picture]),
         )
 
@@ -178,7 +178,7 @@ def _positives(lines: JsonLines, number: int) -> Iterator[Judgement | str]:
     for row, values in enumerate(lines.scan()):
         if isinstance(values, dict) and values.get("task_id") == number:
             for positive in values.get("pos_cand_list") or ():
-                did = positive["did"] if isinstance(positive, dict) else positive
+                did = positive.get("did") if isinstance(positive, dict) else positive
                 yield Judgement(lines.where(row), str(values.get("qid")), str(did), 1)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def _task(
     usual = [
         base / name for base in (folder.parent, folder) for name in ("images", "", "eval_images")
     ]
-    images = Path() if first is None else image_folder(options.images, usual, (first, *named))
+    images = Path() if first is None else image_folder(options.images, usual, chain([first], named))
     gone: set[str] = set()
     exists = cache(lambda path: (images / path).is_file())
 
