@@ -1,0 +1,1 @@
+"""Readers: benchmarks and users' own files as retrieval tasks."""
