@@ -80,6 +80,11 @@ class _Layout:
         return nn.functional.pad(weight_ed, (at, self.width - at - weight_ed.shape[1]))
 
 
+def pooled_value(patch: Patch, d: int, pooling: str) -> int:
+    """Where in the pooled vector of an exported patch the d entries of the readout begin."""
+    return _Layout.of(patch, d, pooling).value_at
+
+
 def pooled_modules(patch: Patch, d: int, role: int, layout: _Layout) -> list[Dense]:
     """`Dense` modules on `sentence_embedding`: the patch's maps for one role."""
     weight_kde, bias_ke = compose(patch.maps, d, role)

@@ -1,0 +1,177 @@
+"""Embedding stores: nothing is encoded twice, damage is seen, a stopped encoding goes on."""
+
+from __future__ import annotations
+
+import json
+import resource
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patch_retriever.errors import UserError
+from patch_retriever.items import Item
+from patch_retriever.pictures import PictureBytes
+from patch_retriever.retrieval import embeddings
+from patch_retriever.retrieval.embeddings import EmbeddingStore, embed_items, read_vectors
+
+WIDTH = 4
+
+
+def vector(item: Item) -> np.ndarray:
+    rng = np.random.default_rng(int(item.content_hash()[:8], 16))
+    return rng.normal(size=WIDTH).astype(np.float32)
+
+
+class Model:
+    """Stands for an encoder; remembers what it was asked for, and may stop half-way."""
+
+    def __init__(self, stop_after: int = 10**9) -> None:
+        self.asked: list[str | None] = []
+        self.stop_after = stop_after
+
+    def pooled(self, items, _role, _prompt, _batch_size):
+        self.asked += [item.text for item in items]
+        if len(self.asked) > self.stop_after:
+            raise KeyboardInterrupt
+        return np.stack([vector(item) for item in items])
+
+    def finish(self, pooled, _role):
+        return 2 * pooled
+
+
+def texts(*numbers: int) -> list[Item]:
+    return [Item(f"text {i}") for i in numbers]
+
+
+def store(folder, key="model", **more) -> EmbeddingStore:
+    return EmbeddingStore(folder, key, WIDTH, **more)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(embeddings, "ROWS_PER_SHARD", 20)
+    monkeypatch.setattr(embeddings, "_CHUNK", 7)
+
+
+def test_every_item_gets_its_own_vector_in_order(tmp_path):
+    items = texts(*range(50))
+    with store(tmp_path) as s:
+        done = embed_items(Model(), items, "query", s)
+        found = np.concatenate(list(read_vectors(Model(), "query", s, done.keys_n, 9)))
+    np.testing.assert_array_equal(found, 2 * np.stack([vector(i) for i in items]))
+    assert (done.encoded, done.skipped) == (50, ())
+    with store(tmp_path) as again:
+        np.testing.assert_array_equal(2 * again.read(done.keys_n), found)
+
+
+@given(st.lists(st.integers(0, 30), max_size=60), st.lists(st.integers(0, 30), max_size=60))
+def test_nothing_is_encoded_twice(tmp_path_factory, first, second):
+    folder, model = tmp_path_factory.mktemp("store"), Model()
+    for numbers in (first, second):
+        with store(folder) as s:
+            done = embed_items(model, texts(*numbers), "query", s)
+            expected = [vector(item) for item in texts(*numbers)]
+            np.testing.assert_array_equal(s.read(done.keys_n), np.reshape(expected, (-1, WIDTH)))
+    assert len(model.asked) == len(set(model.asked)) == len({*first, *second})
+
+
+def test_a_stopped_encoding_goes_on(tmp_path):
+    items = texts(*range(60))
+    with store(tmp_path) as s, pytest.raises(KeyboardInterrupt):
+        embed_items(Model(stop_after=45), items, "query", s)
+    model = Model()
+    with store(tmp_path) as s:
+        assert len(s) >= 40
+        embed_items(model, items, "query", s)
+        assert len(s) == 60
+    assert len(model.asked) <= 20
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+@pytest.mark.parametrize("kind", ["keys", "vectors"])
+def test_a_damaged_shard_is_named_and_its_items_are_encoded_again(tmp_path, damage, kind):
+    items = texts(*range(60))
+    with store(tmp_path) as s:
+        keys = embed_items(Model(), items, "query", s).keys_n
+    path = tmp_path / f"shard-00001.{kind}.npy"
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-3] if damage == "cut" else data[:-1] + b"?")
+    said, model = [], Model()
+    with store(tmp_path, say=said.append) as s:
+        assert 0 < (~s.has(keys)).sum() < 60
+        embed_items(model, items, "query", s)
+        np.testing.assert_array_equal(s.read(keys), np.stack([vector(i) for i in items]))
+    (line,) = said
+    assert line.startswith(f"{path}: damaged or missing")
+    assert 0 < len(model.asked) < 60
+
+
+def test_vectors_of_another_model_are_refused(tmp_path):
+    with store(tmp_path) as s:
+        embed_items(Model(), texts(1), "query", s)
+    with pytest.raises(UserError, match="of another model"):
+        store(tmp_path, key="other")
+
+
+def test_a_damaged_list_of_shards_is_told(tmp_path):
+    (tmp_path / "embeddings.json").write_text('{"key": "model"')
+    with pytest.raises(UserError, match="damaged; delete"):
+        store(tmp_path)
+
+
+def test_two_cannot_write_at_once(tmp_path):
+    with store(tmp_path), pytest.raises(UserError, match="another process"):
+        store(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_what_is_finished_stays(tmp_path):
+    items = texts(*range(50))
+    with store(tmp_path) as s:
+        embed_items(Model(), items[:25], "query", s)
+    before = len(json.loads((tmp_path / "embeddings.json").read_text())["shards"])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with store(tmp_path) as s:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        try:
+            with pytest.raises(UserError, match="cannot be written"):
+                embed_items(Model(), items, "query", s)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with store(tmp_path) as s:
+        assert len(s) == 25
+    assert len(json.loads((tmp_path / "embeddings.json").read_text())["shards"]) == before
+
+
+def broken() -> Item:
+    return Item(picture=PictureBytes("cut.png", b"\x89PNG\r\n\x1a\n...."))
+
+
+def test_a_bad_picture_stops_or_is_left_out(tmp_path):
+    items = [*texts(0, 1), broken(), *texts(2)]
+    model = Model()
+    with store(tmp_path) as s:
+        done = embed_items(model, items, "query", s, skip_bad=True)
+        good = done.keys_n != b""
+        assert good.tolist() == [True, True, False, True]
+        assert s.has(done.keys_n[good]).all()
+    (line,) = done.skipped
+    assert line.startswith("cut.png: not a readable image")
+    assert model.asked == ["text 0", "text 1", "text 2"]
+    with store(tmp_path / "b") as s, pytest.raises(UserError, match="cut.png"):
+        embed_items(
+            SimpleNamespace(pooled=lambda items, *_: [i.load() for i in items]), items, "query", s
+        )
+
+
+def test_a_vector_that_is_not_there_is_no_vector(tmp_path):
+    with store(tmp_path) as s:
+        keys = embed_items(Model(), texts(1), "query", s).keys_n
+        with pytest.raises(KeyError):
+            s.read(np.array([b"0123456789abcdef"]))
+        assert s.read(keys).shape == (1, WIDTH)

@@ -1,0 +1,261 @@
+"""Embedding stores: pooled vectors on disk by the content of their items, so that nothing is
+encoded twice and a stopped encoding goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import file_hash, write, write_json
+from patch_retriever.items import Item
+from patch_retriever.progress import Progress, Say, no_progress, silent
+from patch_retriever.retrieval.encoder import Encoder, Role
+
+MANIFEST = "embeddings.json"
+FORMAT = 1
+ROWS_PER_SHARD = 8192
+_CHUNK = 512
+"""Items hashed and looked up at a time."""
+KEY = np.dtype("S16")
+"""The first half of an item's content hash; empty for an item that was left out."""
+
+
+class EmbeddingStore:
+    """Shards of pooled vectors, each with the keys of its rows, in one folder.
+
+    `embeddings.json` lists the shards with their hashes and is written after each; a shard that
+    is not listed, or whose bytes changed, is not read: its items count as missing.
+    """
+
+    def __init__(self, folder: Path, key: str, width: int, say: Say = silent) -> None:
+        """Open or begin a store of vectors that are `width` wide; `key` says what made them
+        (`Encoder.store_key`).
+
+        Raises:
+            UserError: the folder holds vectors of another model, another process is writing
+                here, or it cannot be written.
+        """
+        import fcntl
+
+        self.folder, self.key, self.width = folder, key, width
+        self._waiting: list[tuple[NDArray[Any], NDArray[np.float32]]] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(
+                f"{folder}: another process is writing here; wait for it or name another folder"
+            ) from None
+        self._shards = [shard for shard in self._listed() if self._is_whole(shard, say)]
+        self._look_up()
+
+    def __enter__(self) -> EmbeddingStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write here; what was not flushed is lost."""
+        self._lock.close()
+
+    def __len__(self) -> int:
+        return len(self._sorted_keys)
+
+    def _listed(self) -> list[dict[str, Any]]:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return []
+        try:
+            values = json.loads(path.read_text())
+            made_by, shards = values["key"], list(values["shards"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: damaged; delete {self.folder} and encode again") from None
+        if values["format"] != FORMAT or made_by != self.key:
+            raise UserError(
+                f"{self.folder}: holds vectors of another model; name another folder or delete it"
+            )
+        return shards
+
+    def _is_whole(self, shard: dict[str, Any], say: Say) -> bool:
+        for name, sha256 in shard["files"].items():
+            path = self.folder / name
+            if not path.is_file() or file_hash(path) != sha256:
+                say(f"{path}: damaged or missing; its items are encoded again")
+                return False
+        return True
+
+    def _look_up(self) -> None:
+        """Where every key's row is: shard and row, by sorted keys."""
+        keys = [
+            np.load(self.folder / f"{s['name']}.keys.npy").view(KEY)[:, 0] for s in self._shards
+        ]
+        all_keys = np.concatenate([*keys, np.zeros(0, KEY)])
+        shard_n = np.repeat(np.arange(len(keys)), [len(k) for k in keys])
+        row_n = np.concatenate([*(np.arange(len(k)) for k in keys), np.zeros(0, int)])
+        self._sorted_keys, first = np.unique(all_keys, return_index=True)
+        self._shard_n, self._row_n = shard_n[first], row_n[first]
+        self._vectors = [
+            np.load(self.folder / f"{s['name']}.vectors.npy", mmap_mode="r") for s in self._shards
+        ]
+
+    def has(self, keys_n: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which keys have a vector on disk."""
+        return self._find(keys_n)[1]
+
+    def _find(self, keys_n: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where keys stand in sorted order, and which are there at all."""
+        if not len(self._sorted_keys):
+            return np.zeros(len(keys_n), int), np.zeros(len(keys_n), bool)
+        at = np.searchsorted(self._sorted_keys, keys_n).clip(max=len(self._sorted_keys) - 1)
+        return at, self._sorted_keys[at] == keys_n
+
+    def add(self, keys_n: NDArray[Any], vectors_nw: NDArray[np.float32]) -> None:
+        """Add vectors; they are read after the next flush, which comes with every full shard."""
+        self._waiting.append((keys_n, vectors_nw))
+        if sum(len(keys) for keys, _ in self._waiting) >= ROWS_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as a shard.
+
+        Raises:
+            UserError: the disk is full; finished shards stay.
+        """
+        if not self._waiting:
+            return
+        keys_n = np.concatenate([keys for keys, _ in self._waiting]).astype(KEY)
+        vectors_nw = np.concatenate([vectors for _, vectors in self._waiting])
+        taken = {shard["name"] for shard in self._shards}
+        name = next(n for i in range(len(taken) + 1) if (n := f"shard-{i:05d}") not in taken)
+        files = {}
+        # bytes, not strings: NumPy's strings drop zeros at their end
+        as_bytes = np.frombuffer(keys_n.tobytes(), np.uint8).reshape(len(keys_n), -1)
+        for kind, rows in (("keys", as_bytes), ("vectors", vectors_nw.astype("<f4"))):
+            path = self.folder / f"{name}.{kind}.npy"
+            write(path, _saver(rows))
+            files[path.name] = file_hash(path)
+        self._shards.append({"name": name, "rows": len(keys_n), "files": files})
+        values = {"format": FORMAT, "key": self.key, "width": self.width, "shards": self._shards}
+        write_json(self.folder / MANIFEST, values)
+        self._waiting.clear()
+        self._look_up()
+
+    def read(self, keys_n: NDArray[Any]) -> NDArray[np.float32]:
+        """Vectors (n, w) of keys that are there.
+
+        Raises:
+            KeyError: one is not.
+        """
+        at, there = self._find(keys_n)
+        if not there.all():
+            raise KeyError(f"{self.folder}: a vector is asked for that is not there")
+        out_nw = np.empty((len(keys_n), self.width), np.float32)
+        for shard in np.unique(self._shard_n[at]):
+            here = self._shard_n[at] == shard
+            out_nw[here] = self._vectors[shard][self._row_n[at[here]]]
+        return out_nw
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What `embed_items` did: the key of every item (empty for one left out), how many had to be
+    encoded, in how many seconds, and a line for each item that was left out."""
+
+    keys_n: NDArray[Any]
+    encoded: int
+    seconds: float
+    skipped: tuple[str, ...]
+
+
+def embed_items(
+    encoder: Encoder,
+    items: Sequence[Item],
+    role: Role,
+    store: EmbeddingStore,
+    prompt: str | None = None,
+    batch_size: int = 64,
+    skip_bad: bool = False,
+    progress: Progress = no_progress,
+) -> Embedded:
+    """Encode what `store` lacks of `items`; finished shards survive whatever stops this.
+
+    Raises:
+        UserError: an item cannot be read (with `skip_bad` it is left out), the model does not take
+            such items, or the disk is full.
+    """
+    keys_n = np.zeros(len(items), KEY)
+    skipped: list[str] = []
+    encoded, seconds = 0, 0.0
+    starts = range(0, len(items), _CHUNK)
+    coming: set[bytes] = set()  # added, but not in a shard yet
+    for start in progress(starts, len(starts)):
+        chunk = [items[i] for i in range(start, min(start + _CHUNK, len(items)))]
+        for i, item in enumerate(chunk, start):
+            try:
+                keys_n[i] = bytes.fromhex(item.content_hash())[: KEY.itemsize]
+                if skip_bad and item.picture is not None:
+                    item.picture.open()
+            except UserError as error:
+                if not skip_bad:
+                    raise
+                keys_n[i] = b""
+                skipped.append(str(error))
+        chunk_keys = keys_n[start : start + len(chunk)]
+        done = store.has(chunk_keys) | (chunk_keys == b"")
+        new = {
+            bytes(key): item
+            for key, item, there in zip(chunk_keys, chunk, done, strict=True)
+            if not there and bytes(key) not in coming
+        }
+        if new:
+            began = time.perf_counter()
+            vectors_nw = encoder.pooled(list(new.values()), role, prompt, batch_size)
+            seconds += time.perf_counter() - began
+            encoded += len(new)
+            before = len(store)
+            store.add(np.array(list(new), KEY), vectors_nw)
+            coming = coming | set(new) if len(store) == before else set()
+    store.flush()
+    return Embedded(keys_n, encoded, seconds, tuple(skipped))
+
+
+def read_vectors(
+    encoder: Encoder,
+    role: Role,
+    store: EmbeddingStore,
+    keys_n: NDArray[Any],
+    rows_at_once: int = ROWS_PER_SHARD,
+) -> Iterator[NDArray[np.float32]]:
+    """Final vectors of stored items, in order, a chunk (m, d) at a time."""
+    for start in range(0, len(keys_n), rows_at_once):
+        yield encoder.finish(store.read(keys_n[start : start + rows_at_once]), role)
+
+
+def open_store(
+    root: Path, encoder: Encoder, role: Role, prompt: str | None = None, say: Say = silent
+) -> EmbeddingStore:
+    """The store under `root` of an encoder's pooled vectors in a role."""
+    key = encoder.store_key(role, prompt)
+    return EmbeddingStore(root / key[:16], key, encoder.width, say)
+
+
+def _saver(rows: NDArray[Any]) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, rows, allow_pickle=False)
+
+    return save

@@ -1,0 +1,276 @@
+"""Encoder: any sentence-transformers model, split where its output is worth keeping.
+
+The trunk is everything up to and including the pooling: the expensive part. The head is what comes
+after it: the pooled part of a patch, a normalisation. Pooled vectors are stored by content, so a
+model with another head over the same trunk needs no encoding at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from patch_retriever.backbones.load import (
+    BUILT_IN,
+    built_in_model,
+    check_device,
+    load_backbone,
+    with_readout,
+)
+from patch_retriever.errors import UserError, first_line
+from patch_retriever.files import value_hash
+from patch_retriever.items import Item
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Role = Literal["query", "document"]
+ROLES: tuple[Role, Role] = ("query", "document")
+BASE = "@base"
+"""Ends the name of a model that `build` made: its backbone and readout, without its patch."""
+
+
+class Encoder:
+    """A model as it is used for search: items to vectors whose inner products are its scores.
+
+    Vectors have length 1, unless the model says that it is compared by dot product.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, name: str, head: Sequence[nn.Module] | None = None
+    ) -> None:
+        """Split `model`; `head` takes the place of the model's own."""
+        from sentence_transformers import SentenceTransformer
+
+        self.name = name
+        modules = list(model)
+        end = _trunk_length(modules)
+        self._head = nn.ModuleList(modules[end:] if head is None else head).to(model.device)
+        self._trunk = SentenceTransformer(
+            modules=modules[:end], device=str(model.device), prompts=dict(model.prompts)
+        )
+        self._truncate = model.truncate_dim
+        self._unit = str(model.similarity_fn_name or "cosine") != "dot"
+        self._as_chat = "message" in model.modalities
+        self.modalities: tuple[str, ...] = tuple(map(str, model.modalities))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._trunk.device
+
+    @cached_property
+    def dimension(self) -> int:
+        """Width of the final vectors."""
+        return self.finish(np.zeros((1, self.width), np.float32), "document").shape[1]
+
+    @cached_property
+    def width(self) -> int:
+        """Width of the stored vectors: what the pooling gives."""
+        width = self._trunk.get_embedding_dimension()
+        if width is None:  # the last module does not say
+            width = self.pooled([Item("width")], "document").shape[1]
+        return int(width)
+
+    @cached_property
+    def trunk_fingerprint(self) -> str:
+        """SHA-256 of all that decides the pooled vectors: weights, configuration, processor."""
+        return _fingerprint(self._trunk)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the whole model, its prompts too."""
+        head = [self._truncate, self._unit, _fingerprint(self._head), self._trunk.prompts]
+        return value_hash([self.trunk_fingerprint, head])
+
+    def store_key(self, role: Role, prompt: str | None = None) -> str:
+        """SHA-256 of all that decides the pooled vectors of items in a role."""
+        routed = any("task" in getattr(m, "forward_kwargs", ()) for m in self._trunk)
+        return value_hash(
+            [self.trunk_fingerprint, self.prompt(role, prompt), role if routed else None]
+        )
+
+    def prompt(self, role: Role, prompt: str | None = None) -> str:
+        """What is said before an item: `prompt`, or else the model's own for the role, or ""."""
+        if prompt is not None:
+            return prompt
+        names = ("query",) if role == "query" else ("document", "passage", "corpus")
+        return next((self._trunk.prompts[n] for n in names if self._trunk.prompts.get(n)), "")
+
+    def pooled(
+        self, items: Sequence[Item], role: Role, prompt: str | None = None, batch_size: int = 64
+    ) -> NDArray[np.float32]:
+        """The trunk's output (n, w), a few batches of pictures in memory at a time.
+
+        Raises:
+            UserError: a picture cannot be read, or the model does not take such items.
+        """
+        encode: Any = self._trunk.encode_query if role == "query" else self._trunk.encode_document
+        load = Item.load if self._as_chat else Item.load_plain
+        said = {"prompt": p} if (p := self.prompt(role, prompt)) else {}
+        parts = []
+        for start in range(0, len(items), 8 * batch_size):
+            loaded = [load(item) for item in items[start : start + 8 * batch_size]]
+            try:
+                rows = encode(
+                    loaded,
+                    batch_size=batch_size,
+                    show_progress_bar=False,
+                    convert_to_tensor=True,
+                    **said,
+                )
+            except (ValueError, TypeError) as error:
+                reason = first_line(error)
+                raise UserError(f"{self.name}: cannot encode these items ({reason})") from error
+            parts.append(rows.float().cpu().numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
+
+    @torch.inference_mode()
+    def finish(self, pooled_nw: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
+        """The head's output (n, d) for pooled vectors (n, w)."""
+        features: dict[str, Any] = {"sentence_embedding": _tensor(pooled_nw, self._dtype())}
+        features["sentence_embedding"] = features["sentence_embedding"].to(self.device)
+        module: Any
+        for module in self._head:
+            takes_task = "task" in getattr(module, "forward_kwargs", ())
+            features = module(features, task=role) if takes_task else module(features)
+        out_nd = features["sentence_embedding"].float()[:, : self._truncate]
+        if self._unit:
+            out_nd = nn.functional.normalize(out_nd, dim=1)
+        return out_nd.cpu().numpy()
+
+    def embed(
+        self, items: Sequence[Item], role: Role, prompt: str | None = None, batch_size: int = 64
+    ) -> NDArray[np.float32]:
+        """Final vectors (n, d) of items."""
+        return self.finish(self.pooled(items, role, prompt, batch_size), role)
+
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self._head.parameters()), torch.float32)
+
+
+class _Take(nn.Module):
+    """Keeps some entries of a pooled vector: those that a readout without a patch gives."""
+
+    def __init__(self, at: int, width: int) -> None:
+        super().__init__()
+        self.at, self.width = at, width
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        taken = features["sentence_embedding"][:, self.at : self.at + self.width]
+        return {**features, "sentence_embedding": taken}
+
+    def get_config_dict(self) -> dict[str, int]:
+        return {"at": self.at, "width": self.width}
+
+
+def load_encoder(name: str, device: str = "cpu") -> Encoder:
+    """An encoder of any sentence-transformers model: a folder, a hub id, the built-in model, or
+    `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
+
+    Raises:
+        UserError: there is none of that name, or it does not load.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    check_device(device)
+    if name.endswith(BASE):
+        return _load_base(name, device)
+    path = str(built_in_model()) if name == BUILT_IN else name
+    check_model(path)
+    try:
+        return Encoder(SentenceTransformer(path, device=device), name)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = first_line(error)
+        raise UserError(f"{name}: cannot be loaded ({reason})") from error
+
+
+def check_model(name: str) -> None:
+    """Refuse what is plainly no model, before anything is loaded or encoded.
+
+    Raises:
+        UserError: no such folder, or no model in it.
+    """
+    folder = Path(name)
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{name}: no such model folder")
+    if folder.is_dir() and not (
+        {p.name for p in folder.iterdir()} & {"modules.json", "config.json"}
+    ):
+        raise UserError(
+            f"{name}: no model in this folder (modules.json and config.json are missing)"
+        )
+
+
+def _load_base(name: str, device: str) -> Encoder:
+    """The backbone and readout of an exported patch. A patch that leaves the tokens alone shares
+    its trunk with its base, so that one encoding serves both."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize
+
+    from patch_retriever.backbones.readout import Readout
+    from patch_retriever.patch.artefact import Patch
+    from patch_retriever.patch.export import pooled_value
+
+    folder = name.removesuffix(BASE)
+    check_model(folder)
+    patch = Patch.load(Path(folder) / "patch")
+    readout = Readout.from_json(patch.about["readout"])
+    if patch.subtract is not None:
+        return Encoder(with_readout(load_backbone(folder, device=device), readout), name)
+    model = SentenceTransformer(folder, device=device)
+    transformer: Any = model[0]
+    d = int(transformer.get_embedding_dimension())
+    at = pooled_value(patch, d, readout.pooling)
+    return Encoder(model, name, head=[_Take(at, d), Normalize()])
+
+
+def _trunk_length(modules: Sequence[nn.Module]) -> int:
+    """How many modules come before the head: up to and including the last pooling, or all but a
+    normalisation at the end where the first module pools by itself."""
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    poolings = [i for i, module in enumerate(modules) if isinstance(module, Pooling)]
+    if poolings:
+        return poolings[-1] + 1
+    return len(modules) - isinstance(modules[-1], Normalize)
+
+
+def _tensor(rows: NDArray[np.float32], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(np.ascontiguousarray(rows), dtype=dtype)  # a copy: maps are read-only
+
+
+def _fingerprint(modules: Iterable[nn.Module]) -> str:
+    """SHA-256 of modules: their kinds, settings, tensors, and what turns items into input."""
+    digest = hashlib.sha256()
+    module: Any
+    for module in modules:
+        settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+        config: Any = getattr(module, "config", None)
+        config = config.to_dict() if hasattr(config, "to_dict") else {}
+        for where_it_lay in ("_name_or_path", "transformers_version"):
+            config.pop(where_it_lay, None)
+        said = [type(module).__name__, settings, config]
+        digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy())
+        processor: Any = getattr(module, "processor", None) or getattr(module, "tokenizer", None)
+        if hasattr(processor, "save_pretrained"):
+            with TemporaryDirectory() as folder:
+                processor.save_pretrained(folder)
+                for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+                    digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
