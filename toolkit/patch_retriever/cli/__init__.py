@@ -17,6 +17,7 @@ from patch_retriever.cli.encode import encode
 from patch_retriever.cli.evaluate import evaluate
 from patch_retriever.cli.explain import explain
 from patch_retriever.cli.info import info
+from patch_retriever.cli.mteb import mteb
 from patch_retriever.cli.train_sae import train_sae
 from patch_retriever.errors import UserError
 
@@ -54,6 +55,7 @@ def main() -> None:
     patch-retriever concepts my-retriever             scores of every concept
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
+    patch-retriever mteb my-retriever --benchmark "MIEB(lite)" -o results
     patch-retriever explain demo "a red star" a.png   one similarity, part by part
     patch-retriever analyze demo -o analysis          the paper's figures and tables about it
     """
@@ -67,6 +69,7 @@ for command in (
     train_sae,
     convert_sae,
     evaluate,
+    mteb,
     encode,
     info,
     doctor,
