@@ -1,1 +1,1 @@
-"""Readers: benchmarks and users' own files as retrieval tasks."""
+"""Retrieval tasks and corpora from the files that people have."""

@@ -1,4 +1,4 @@
-"""What every reader of tasks can be told."""
+"""How a reader of retrieval tasks reads."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read tasks.
-
-    - `split`: the split of the data.
-    - `images`: the folder that paths of pictures are relative to, where the data leave it open.
-    - `pool`: candidates of the task alone, or of all tasks of its release.
-    - `limit`: at most so many queries.
-    - `skip_bad`: leave bad rows out and count them.
-    - `allow_urls`: fetch pictures that are named by an address.
-    - `seed`, `n`: of the built-in world.
-    """
+    """What a user may choose about a task, whatever its format."""
 
     split: str = "test"
+    """Which split; of pairs also `all`, for those that are there for testing only."""
     images: Path | None = None
+    """Where relative picture paths start; None: beside the file that names them."""
     pool: Literal["local", "union"] = "local"
+    """M-BEIR: a task's own candidates, or those of all its tasks together."""
     limit: int | None = None
+    """At most so many queries of a task; the candidates stay."""
     skip_bad: bool = False
+    """Leave bad rows and pictures out and count them, instead of stopping at the first."""
     allow_urls: bool = False
+    """Download pictures that are named by an address."""
     seed: int = 0
+    """Of how pairs are split and of what the built-in world shows."""
     n: int = 500
+    """Scenes asked about, of the built-in world."""
