@@ -248,6 +248,7 @@ def _metadata(
     encoder: Encoder, name: str | None, revision: str | None, experiment: dict[str, Any]
 ) -> ModelMeta:
     from mteb.models import ModelMeta
+    from mteb.models.model_meta import ScoringFunction
 
     folder = Path(encoder.name.partition("@")[0])
     published = not folder.exists() and encoder.name.count("/") == 1
@@ -258,7 +259,7 @@ def _metadata(
     base = json.loads(made_from.read_text())["model"] if made_from.is_file() else None
     base = None if base and Path(base).exists() else base  # a path says nothing elsewhere
     parameters = list(encoder.parameters())
-    modalities = ["text", "image"] if "image" in " ".join(encoder.modalities) else ["text"]
+    takes_images = "image" in " ".join(encoder.modalities)
     return ModelMeta(
         loader=MtebEncoder,
         name=name,
@@ -275,10 +276,10 @@ def _metadata(
         public_training_data=None,
         framework=["Sentence Transformers", "PyTorch"],
         reference=f"https://huggingface.co/{name}" if published else None,
-        similarity_fn_name=encoder.similarity,
+        similarity_fn_name=ScoringFunction(encoder.similarity),
         use_instructions=bool(experiment.get("task_prompts") or any(map(encoder.prompt, ROLES))),
         training_datasets=None,
         adapted_from=base,
-        modalities=modalities,
+        modalities=["text", "image"] if takes_images else ["text"],
         experiment_kwargs=experiment or None,
     )

@@ -85,7 +85,7 @@ def find_task(name: str) -> AbsTask:
     except KeyError:
         import mteb.tasks
 
-        classes = [c for c in vars(mteb.tasks).values() if isinstance(c, type)]
+        classes: list[Any] = [c for c in vars(mteb.tasks).values() if isinstance(c, type)]
         names = [c.metadata.name for c in classes if issubclass(c, mteb.AbsTask)]
         raise UserError(f"no task {name!r} in mteb{near(name, names)}") from None
 
@@ -191,10 +191,10 @@ def _read(task: AbsTaskRetrieval, subset: str, split: str, limit: int | None) ->
 def task_prompt(metadata: TaskMetadata, role: str | None) -> str | None:
     """The instruction that a task gives for a role; one that is for no role in particular is for
     queries, and for tasks without roles (None)."""
-    prompt = metadata.prompt
+    prompt: Any = metadata.prompt
     if isinstance(prompt, str):
         return prompt if role != "document" else None
-    return (prompt or {}).get(role or "query") or None  # type: ignore[call-overload]
+    return (prompt or {}).get(role or "query") or None
 
 
 @dataclass(frozen=True)
