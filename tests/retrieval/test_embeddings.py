@@ -101,7 +101,7 @@ def test_a_damaged_shard_is_named_and_its_items_are_encoded_again(tmp_path, dama
     if damage == "gone":
         path.unlink()
     else:
-        path.write_bytes(data[:-3] if damage == "cut" else data[:-1] + b"?")
+        path.write_bytes(data[:-3] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
     said, model = [], Model()
     with store(tmp_path, say=said.append) as s:
         assert 0 < (~s.has(keys)).sum() < 60
@@ -163,7 +163,7 @@ def test_a_bad_picture_stops_or_is_left_out(tmp_path):
     (line,) = done.skipped
     assert line.startswith("cut.png: not a readable image")
     assert model.asked == ["text 0", "text 1", "text 2"]
-    with store(tmp_path / "b") as s, pytest.raises(UserError, match="cut.png"):
+    with store(tmp_path / "b") as s, pytest.raises(UserError, match=r"cut\.png"):
         embed_items(
             SimpleNamespace(pooled=lambda items, *_: [i.load() for i in items]), items, "query", s
         )

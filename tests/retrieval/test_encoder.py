@@ -32,7 +32,7 @@ def encoder(finished_build):
 
 
 def backbone(random_model: Path) -> SentenceTransformer:
-    return with_readout(load_backbone(str(random_model)), Readout(PAPER, "mean"))
+    return with_readout(load_backbone(str(random_model)), Readout(PAPER))
 
 
 @pytest.mark.parametrize("role", ["query", "document"])

@@ -14,12 +14,12 @@ from patch_retriever.items import Item
 from patch_retriever.patch.artefact import DOCUMENT, QUERY
 from patch_retriever.retrieval.collection import Collection, Task
 from patch_retriever.retrieval.evaluate import (
-    Difference,
     Outcome,
     PairedBootstrap,
     evaluate,
     evaluate_embeddings,
 )
+from patch_retriever.retrieval.statistics import Difference
 
 steady = settings(deadline=None, derandomize=True)
 

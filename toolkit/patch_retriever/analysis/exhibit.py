@@ -16,7 +16,8 @@ import numpy as np
 from patch_retriever.files import write_text
 from patch_retriever.report import plots
 from patch_retriever.retrieval.collection import Collection
-from patch_retriever.retrieval.evaluate import Difference, Outcome, PairedBootstrap
+from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap
+from patch_retriever.retrieval.statistics import Difference
 from patch_retriever.retrieval.metrics import CUTOFFS
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from patch_retriever.retrieval.evaluate import Difference, Outcome, PairedBootstrap
+from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap
 from patch_retriever.retrieval.metrics import CUTOFFS
+from patch_retriever.retrieval.statistics import Difference
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,8 @@ class Encoder:
         modules = list(model)
         end = _trunk_length(modules)
         self._head = nn.ModuleList(modules[end:] if head is None else head).to(model.device)
-        self._trunk = SentenceTransformer(
-            modules=modules[:end], device=str(model.device), prompts=dict(model.prompts)
-        )
+        self._trunk = SentenceTransformer(modules=modules[:end], device=str(model.device))
+        self._prompts = {name: said for name, said in model.prompts.items() if said}
         self._truncate = model.truncate_dim
         self._unit = str(model.similarity_fn_name or "cosine") != "dot"
         self._as_chat = "message" in model.modalities
@@ -105,7 +104,7 @@ class Encoder:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the whole model, its prompts too."""
-        head = [self._truncate, self._unit, _fingerprint(self._head), self._trunk.prompts]
+        head = [self._truncate, self._unit, _fingerprint(self._head), self._prompts]
         return value_hash([self.trunk_fingerprint, head])
 
     def store_key(self, role: Role, prompt: str | None = None) -> str:
@@ -120,7 +119,7 @@ class Encoder:
         if prompt is not None:
             return prompt
         names = ("query",) if role == "query" else ("document", "passage", "corpus")
-        return next((self._trunk.prompts[n] for n in names if self._trunk.prompts.get(n)), "")
+        return next((said for n in names if (said := self._prompts.get(n))), "")
 
     def pooled(
         self, items: Sequence[Item], role: Role, prompt: str | None = None, batch_size: int = 64
@@ -287,5 +286,14 @@ def _fingerprint(modules: Iterable[nn.Module]) -> str:
             with TemporaryDirectory() as folder:
                 processor.save_pretrained(folder)
                 for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-                    digest.update(path.name.encode() + path.read_bytes())
+                    digest.update(path.name.encode() + _without_state(path))
     return digest.hexdigest()
+
+
+def _without_state(path: Path) -> bytes:
+    """A processor's file; a tokenizer also saves how it padded and cut its last batch."""
+    if path.name != "tokenizer.json":
+        return path.read_bytes()
+    values = json.loads(path.read_text())
+    values["padding"] = values["truncation"] = None
+    return json.dumps(values, sort_keys=True).encode()

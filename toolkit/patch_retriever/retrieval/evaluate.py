@@ -14,6 +14,7 @@ from patch_retriever.features import Features
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.metrics import hits, ranks
+from patch_retriever.retrieval.statistics import Difference, Resamples
 
 
 @dataclass(frozen=True)
@@ -70,38 +71,12 @@ def evaluate_pooled(pooled_nd: Tensor, collection: Collection) -> Outcome:
     return evaluate_embeddings(unit_nd, unit_nd, collection)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A mean difference with the bounds of its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether zero lies outside the interval."""
-        return self.low > 0 or self.high < 0
-
-
-class PairedBootstrap:
-    """Paired bootstrap over queries: every comparison resamples the same queries.
-
-    Queries are drawn with replacement inside each task (1,000 times); an average over tasks
-    weighs tasks equally.
-    """
-
-    def __init__(self, queries_by_task: dict[str, int], seed: int, draws: int = 1000) -> None:
-        rng = np.random.default_rng(seed)
-        self._weights = {
-            name: rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
-            for name, n in queries_by_task.items()
-        }
+class PairedBootstrap(Resamples):
+    """Paired bootstrap over the queries of a build's tasks: outcomes compared with each other."""
 
     def task(self, a: Outcome, b: Outcome, task: str, cutoff: int | None = 0) -> Difference:
         """a - b in R@`CUTOFFS[cutoff]` of one task; in the mean of all three for None."""
-        delta_q = _delta(a, b, task, cutoff)
-        return _difference(float(delta_q.mean()), self._weights[task] @ delta_q)
+        return self.average(a, b, cutoff, [task])
 
     def average(
         self,
@@ -112,16 +87,9 @@ class PairedBootstrap:
     ) -> Difference:
         """a - b in the score (mean of R@1, 5, 10 over tasks), or in R@`CUTOFFS[cutoff]`; over
         all tasks or some."""
-        deltas = {t: _delta(a, b, t, cutoff) for t in tasks or self._weights}
-        draws = np.mean([self._weights[t] @ deltas[t] for t in deltas], axis=0)
-        return _difference(float(np.mean([d.mean() for d in deltas.values()])), draws)
+        return self.interval({t: _delta(a, b, t, cutoff) for t in tasks or a.hits_by_task})
 
 
 def _delta(a: Outcome, b: Outcome, task: str, cutoff: int | None) -> NDArray[np.float64]:
     delta_q3 = a.hits_by_task[task] - b.hits_by_task[task]
     return delta_q3.mean(1) if cutoff is None else delta_q3[:, cutoff]
-
-
-def _difference(mean: float, draws: NDArray[np.float64]) -> Difference:
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return Difference(mean, float(low), float(high))

@@ -1,8 +1,9 @@
-"""Search with FAISS and hit rates, ties counted against the query."""
+"""Metrics: those of a build, where ties count against the query, and those of benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,3 +49,58 @@ def ranks(
 def hits(ranks_q: NDArray[np.int64]) -> NDArray[np.float64]:
     """Whether each query has a hit at each of `CUTOFFS`, (q, 3) of 0 and 1."""
     return (ranks_q[:, None] <= np.array(CUTOFFS)).astype(np.float64)
+
+
+def query_metrics(
+    grades_qk: NDArray[np.int64], judged_qm: NDArray[np.int64], cutoffs: Sequence[int]
+) -> dict[str, NDArray[np.float64]]:
+    """What every query scores (q,), by metric, as trec_eval computes it.
+
+    Args:
+        grades_qk: the grade of the candidate at each place of a ranking, relevant above 0; 0 where
+            nothing is judged or the ranking is over.
+        judged_qm: all grades that a query's qrels hold, in any order, 0 for none: what is not in
+            the pool or not found counts as missed.
+        cutoffs: k of every metric at k.
+
+    `hit_rate@k` is 1 if a relevant candidate is among the first k (M-BEIR's and UniIR's "recall",
+    the R@k of our tables); `recall@k` is the share of the relevant candidates that are;
+    `precision@k` the share of the first k that are relevant; `mrr@k` 1 / rank of the first
+    relevant one; `map@k` the precision at every relevant one, summed and divided by their number;
+    `ndcg@k` sum of grade / log2(1 + rank), divided by that of the best ranking (Jarvelin &
+    Kekalainen 2002, linear gains). `mrr` and `map` go as deep as the ranking does. A query without
+    a relevant candidate scores 0.
+    """
+    gains_qk = np.maximum(grades_qk, 0).astype(np.float64)
+    best_qm = -np.sort(-np.maximum(judged_qm, 0), axis=1).astype(np.float64)
+    relevant_qk = gains_qk > 0
+    found_qk = relevant_qk.cumsum(1)
+    places_k = np.arange(1, gains_qk.shape[1] + 1)
+    total_q = np.maximum((best_qm > 0).sum(1), 1)
+    reciprocal_qk = np.maximum.accumulate(relevant_qk / places_k, axis=1)
+    precision_qk = (relevant_qk * found_qk / places_k).cumsum(1)
+    dcg_qk, ideal_qm = _discounted(gains_qk), _discounted(best_qm)
+    out = {}
+    for k in cutoffs:
+        found_q = _at(found_qk, k)
+        out[f"hit_rate@{k}"] = (found_q > 0).astype(np.float64)
+        out[f"recall@{k}"] = found_q / total_q
+        out[f"precision@{k}"] = found_q / k
+        out[f"mrr@{k}"] = _at(reciprocal_qk, k)
+        out[f"map@{k}"] = _at(precision_qk, k) / total_q
+        ideal_q = _at(ideal_qm, k)
+        out[f"ndcg@{k}"] = _at(dcg_qk, k) / np.where(ideal_q > 0, ideal_q, 1)
+    depth = gains_qk.shape[1]
+    return out | {"mrr": _at(reciprocal_qk, depth), "map": _at(precision_qk, depth) / total_q}
+
+
+def _discounted(gains_qk: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The discounted cumulative gain at each place."""
+    return (gains_qk / np.log2(np.arange(2, gains_qk.shape[1] + 2))).cumsum(1)
+
+
+def _at(running_qk: NDArray[Any], k: int) -> NDArray[np.float64]:
+    """A running sum or maximum after the first k places; 0 where there are no places."""
+    if running_qk.shape[1] == 0:
+        return np.zeros(len(running_qk))
+    return running_qk[:, min(k, running_qk.shape[1]) - 1].astype(np.float64)

@@ -1,0 +1,124 @@
+"""Whether one model is better than another: paired tests over the same queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 1000
+FLIPS = 10_000
+_AT_ONCE = 1 << 22
+"""Numbers drawn in one go, so that memory does not grow with the queries."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with the bounds of its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+class Resamples:
+    """Paired bootstrap over queries (percentile; Efron 1979): every comparison sees the same draws.
+
+    Queries are drawn with replacement inside each task; an average over tasks weighs tasks
+    equally.
+    """
+
+    def __init__(self, queries_by_task: Mapping[str, int], seed: int, draws: int = DRAWS) -> None:
+        rng = np.random.default_rng(seed)
+        self._counts_rq = {name: _multinomial(rng, n, draws) for name, n in queries_by_task.items()}
+
+    def interval(self, deltas: Mapping[str, NDArray[np.float64]]) -> Difference:
+        """The mean over tasks of the mean over queries of `deltas[task]` (q,), with its interval."""
+        draws_r = np.mean([self._means(name, delta_q) for name, delta_q in deltas.items()], axis=0)
+        low, high = np.quantile(draws_r, (0.025, 0.975))
+        mean = float(np.mean([delta_q.mean() for delta_q in deltas.values()]))
+        return Difference(mean, float(low), float(high))
+
+    def _means(self, name: str, delta_q: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean of every draw, (draws,)."""
+        counts_rq, n = self._counts_rq[name], len(delta_q)
+        step = max(1, _AT_ONCE // n)
+        parts = [
+            counts_rq[start : start + step].astype(np.float64) @ delta_q
+            for start in range(0, len(counts_rq), step)
+        ]
+        return np.concatenate(parts) / n
+
+
+def _multinomial(rng: np.random.Generator, n: int, draws: int) -> NDArray[np.uint8]:
+    """How often each query is drawn, (draws, n): a byte each, since more than 255 never happens."""
+    step = max(1, _AT_ONCE // n)
+    share_n = np.full(n, 1 / n)
+    return np.concatenate(
+        [
+            rng.multinomial(n, share_n, size=min(step, draws - start)).clip(max=255).astype("u1")
+            for start in range(0, draws, step)
+        ]
+    )
+
+
+def sign_flip_p(deltas: Mapping[str, NDArray[np.float64]], seed: int, flips: int = FLIPS) -> float:
+    """Two-sided p of a paired permutation test (Fisher's sign flips) of the mean over tasks.
+
+    Where nothing differs between two models, a query's difference is as likely to be -delta as
+    delta. All 2^m sign patterns of the m queries that differ are counted if they are no more than
+    `flips`; else `flips` random ones, p = (1 + as extreme) / (1 + flips) (Phipson & Smyth 2010).
+    """
+    parts = [delta_q / len(delta_q) / len(deltas) for delta_q in deltas.values()]
+    delta_n = np.concatenate(parts)
+    size_m = np.abs(delta_n[delta_n != 0])
+    if len(size_m) == 0:
+        return 1.0
+    # as far from zero as found, but for rounding
+    far = abs(delta_n.sum()) - 1e-12 * size_m.sum()
+    if 2 ** min(len(size_m), 63) <= flips:
+        sums = np.zeros(1)
+        for size in size_m:
+            sums = np.concatenate([sums - size, sums + size])
+        return float((np.abs(sums) >= far).mean())
+    # of c queries that differ by the same, only how many are flipped matters
+    sizes_u, counts_u = np.unique(size_m, return_counts=True)
+    rng, step, extreme = np.random.default_rng(seed), max(1, _AT_ONCE // len(sizes_u)), 0
+    for start in range(0, flips, step):
+        shape = (min(step, flips - start), len(sizes_u))
+        sums = (2.0 * rng.binomial(counts_u, 0.5, shape) - counts_u) @ sizes_u
+        extreme += int((np.abs(sums) >= far).sum())
+    return (1 + extreme) / (1 + flips)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for being several (Holm 1979): the i-th smallest of m times m - i + 1,
+    never below a smaller one's."""
+    p_m = np.asarray(p_values, dtype=np.float64)
+    order_m = np.argsort(p_m, kind="stable")
+    stepped_m = np.maximum.accumulate(p_m[order_m] * np.arange(len(p_m), 0, -1))
+    out_m = np.empty_like(p_m)
+    out_m[order_m] = np.minimum(stepped_m, 1)
+    return out_m.tolist()
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Queries that the first of two models answers better, worse, and as well as the other."""
+
+    won: int
+    lost: int
+    tied: int
+
+    @classmethod
+    def of(cls, delta_q: NDArray[np.float64]) -> Tally:
+        """Count differences; those within rounding are ties."""
+        won, lost = int((delta_q > 1e-12).sum()), int((delta_q < -1e-12).sum())
+        return cls(won, lost, len(delta_q) - won - lost)
