@@ -11,8 +11,8 @@ import mteb
 import numpy as np
 import pytest
 from local_tasks import (
-    N,
     Local,
+    N,
     ShapesI2T,
     ShapesIT2I,
     ShapesReranking,
@@ -109,9 +109,7 @@ def test_the_prompts_of_a_task_are_given_when_asked_for(encoder):
 class Coarse:
     """Stands for an encoder; few different vectors of exact halves, so that most scores tie."""
 
-    def embed(
-        self, items: list[Item], role: str, prompt: str | None = None, batch_size: int = 0
-    ) -> np.ndarray:
+    def embed(self, items: list[Item], role: str, *_: object) -> np.ndarray:
         seeds = [int(item.text.rsplit(" ", 1)[1]) % (5 if role == "query" else 3) for item in items]
         rows = [np.random.default_rng(seed).integers(-1, 2, 6) / 2 for seed in seeds]
         return np.array(rows, np.float32).reshape(-1, 6)
@@ -210,7 +208,11 @@ def test_every_kind_of_task_of_mtebs_own_mocks_runs(encoder):
 
 def test_a_batch_becomes_items():
     red = Image.new("RGB", (2, 2), "red")
-    batch = {"id": ["a", "b", "c", "d"], "text": ["x", "", "y", ""], "image": [None, red, red, None]}
+    batch = {
+        "id": ["a", "b", "c", "d"],
+        "text": ["x", "", "y", ""],
+        "image": [None, red, red, None],
+    }
     items = batch_items(batch)
     assert [item.kind for item in items] == ["text", "image", "both", "text"]
     assert [item.text for item in items] == ["x", None, "y", ""]
@@ -295,6 +297,29 @@ def test_a_text_that_names_a_picture_stays_a_text(encoder, stock, tmp_path):
     by_mteb(mended(stock), theirs_task := Named())
     by_mteb(MtebEncoder(encoder), ours_task := Named())
     assert theirs_task.per_query["q1"] == pytest.approx(ours_task.per_query["q1"])
+
+
+IN_ORDER = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+"""A chat template that keeps the order of the parts, as most do."""
+
+
+def test_the_picture_comes_before_the_text_whatever_the_order_of_the_columns(random_model):
+    model = SentenceTransformer(str(random_model), device="cpu")
+    model[0].processor.chat_template = IN_ORDER
+    encoder = Encoder(model, "in-order")
+    drawn = Image.open(BytesIO(picture(1)))
+    batches = {"text": ["a red star"], "image": [drawn]}, {"image": [drawn], "text": ["a red star"]}
+    theirs = [mended(model).encode(_loader([batch]), **QUERIES) for batch in batches]
+    ours = [MtebEncoder(encoder).encode([batch], **QUERIES) for batch in batches]
+    assert np.abs(theirs[0] - theirs[1]).max() > 0.01
+    np.testing.assert_array_equal(ours[0], ours[1])
+    unit = theirs[1] / np.linalg.norm(theirs[1])
+    np.testing.assert_allclose(ours[0], unit, atol=1e-5)
 
 
 def _loader(inputs: list[dict[str, Any]]) -> Any:

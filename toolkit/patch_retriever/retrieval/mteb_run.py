@@ -81,8 +81,9 @@ def _evaluate(
     whole = _is_whole(path)
     if not whole:
         say(f"{path}: damaged; its task is run again")
-    # where mteb loads data, so that finished tasks load none
-    task.load_data = partial(_load, task)  # type: ignore[method-assign]
+    for part in (task, *getattr(task, "tasks", ())):  # of an aggregate
+        # what mteb calls when it needs the data: finished tasks load none
+        part.load_data = partial(_load, part)  # type: ignore[method-assign]
     try:
         (result,) = mteb.evaluate(
             model,
@@ -104,7 +105,7 @@ def _is_whole(path: Path) -> bool:
 
     try:
         return not path.is_file() or bool(TaskResult.from_disk(path))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # as the bytes happen to be
         return False
 
 
