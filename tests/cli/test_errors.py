@@ -270,7 +270,7 @@ def test_a_full_disk_is_told_and_the_same_command_may_be_run_again(
 
 
 def test_a_full_disk_anywhere_else_is_told_too(monkeypatch, tmp_path):
-    monkeypatch.setattr("patch_retriever.retrieval.encode.read_items", no_space)
+    monkeypatch.setattr("patch_retriever.retrieval.readers.items.read_corpus", no_space)
     line = fails("encode", tmp_path, tmp_path / "items.jsonl", "-o", tmp_path / "out.npy")
     assert line.startswith("/the/disk: no space left")
 

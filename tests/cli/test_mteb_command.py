@@ -64,6 +64,7 @@ def test_what_is_there_is_not_run_again(run):
     before = path.stat().st_mtime_ns
     values = json.loads(path.read_text())
     again = run("ShapesT2I", "ShapesI2T", more=("--json",))
+    assert again.stderr == ""
     assert json.loads(again.stdout)["tasks"][0] == first["tasks"][0]
     assert path.stat().st_mtime_ns == before
     assert len(results()) == 2

@@ -11,7 +11,8 @@ import pytest
 from patch_retriever.errors import UserError
 from patch_retriever.retrieval import compare
 from patch_retriever.retrieval.compare import compare_models, load_model
-from patch_retriever.retrieval.pairs import read_pairs, split_pairs
+from patch_retriever.retrieval.pairs import split_pairs
+from patch_retriever.retrieval.readers.pairs import read_pairs
 
 N = 12
 

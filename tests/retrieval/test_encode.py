@@ -1,9 +1,6 @@
-"""Items from a file, and their embeddings in a file, equal to what `encode` gives."""
+"""Embeddings of items in a file, equal to what `encode` gives."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,76 +9,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures import PictureFile
 from patch_retriever.retrieval.compare import load_model
-from patch_retriever.retrieval.encode import encode_file, read_items
-
-
-def written(folder: Path, *lines: str) -> Path:
-    path = folder / "items.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def test_texts_images_and_both_are_read(tmp_path):
-    path = written(
-        tmp_path,
-        '{"text": "a red star"}',
-        '{"image": "sub/a.png"}',
-        "",
-        '{"text": "what is this?", "image": "b.png"}',
-        '{"text": "", "image": "c.png"}',
-        '{"text": null, "image": "/d.png", "id": 7}',
-    )
-    assert read_items(path) == [
-        Item("a red star"),
-        Item(picture=PictureFile(tmp_path / "sub/a.png")),
-        Item("what is this?", PictureFile(tmp_path / "b.png")),
-        Item(picture=PictureFile(tmp_path / "c.png")),
-        Item(picture=PictureFile(Path("/d.png"))),
-    ]
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
-    text = "copied\u2028from the web"
-    path = written(tmp_path, json.dumps({"text": text}, ensure_ascii=False), '{"text": "b"}')
-    assert [item.text for item in read_items(path)] == [text, "b"]
-
-
-def says(path: Path, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        read_items(path)
-    for word in words:
-        assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    says(tmp_path / "nowhere.jsonl", "nowhere.jsonl: cannot be read")
-
-
-def test_a_folder_is_named(tmp_path):
-    says(tmp_path, f"{tmp_path}: cannot be read")
-
-
-def test_an_empty_file_is_named(tmp_path):
-    says(written(tmp_path, "", " "), "items.jsonl: empty", '"text"')
-
-
-def test_a_file_that_is_no_text_is_named(tmp_path):
-    path = tmp_path / "items.jsonl"
-    path.write_bytes(b"\xff\xfe\x00")
-    says(path, "items.jsonl: cannot be read")
-
-
-@pytest.mark.parametrize("line", ["{not json", "[1]", "null", "7", '"text"'])
-def test_a_line_that_is_no_object_is_named(tmp_path, line):
-    says(written(tmp_path, '{"text": "a"}', "", line), "items.jsonl:3: not a JSON object")
-
-
-@pytest.mark.parametrize(
-    "line", ["{}", '{"text": ""}', '{"text": 7}', '{"image": ["a.png"]}', '{"caption": "a"}']
-)
-def test_a_line_without_text_or_image_is_named(tmp_path, line):
-    says(written(tmp_path, '{"text": "a"}', line), "items.jsonl:2:", '"text", "image" or both')
+from patch_retriever.retrieval.encode import encode_file
 
 
 @pytest.fixture(scope="module")

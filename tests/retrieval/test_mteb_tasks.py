@@ -33,6 +33,7 @@ from mteb.types import PromptType
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures import PictureBytes
+from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.mteb_tasks import (
     find_task,
     read_mteb,
@@ -85,7 +86,8 @@ def test_candidates_of_several_kinds():
 
 def test_slices_and_ends_are_those_of_a_sequence():
     items = read(ShapesI2T()).candidates
-    assert items[2:5] == [items[2], items[3], items[4]]
+    assert list(items[2:5]) == [items[2], items[3], items[4]]
+    assert items[2:5].ids == ("d2", "d3", "d4")
     assert items[-1] == items[N - 1]
     assert len(list(items)) == len(items) == N
     with pytest.raises(IndexError):
@@ -147,7 +149,7 @@ def test_every_subset_is_a_task():
 
 
 def test_a_task_of_a_users_own_file():
-    (task,) = read_mteb(f"{HERE}:ShapesT2I", ReadOptions(limit=2))
+    (task,) = read_tasks(f"mteb:{HERE}:ShapesT2I", ReadOptions(limit=2))
     assert (task.name, len(task.queries)) == ("ShapesT2I", 2)
     (task,) = read_mteb(f"{HERE}:ShapesByLanguage:de", ReadOptions())
     assert task.queries[0] == Item(text(0))

@@ -20,6 +20,7 @@ from patch_retriever.data import (
     SCENES,
     Data,
     pairs_data,
+    pairs_reading,
     prepare_pairs,
     scenes_data,
 )
@@ -28,7 +29,7 @@ from patch_retriever.files import file_hash, value_hash, write_json
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
 from patch_retriever.report.page import write_report
-from patch_retriever.retrieval.pairs import pairs_fingerprint
+from patch_retriever.retrieval.readers.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages.evaluation import evaluate_on_test
@@ -164,12 +165,11 @@ def _data(run: Run, config: BuildConfig, progress: Progress) -> Data:
             sizes=sizes,
         )
         return scenes_data(sizes, config.seed)
-    source = Path(config.pairs)
     folder = run.stage(
         "data",
-        lambda folder: prepare_pairs(source, folder, config.seed, config.skip_bad, progress),
-        pairs=str(source),
-        files=pairs_fingerprint(source),
+        lambda folder: prepare_pairs(config, folder, progress),
+        pairs=str(Path(config.pairs)),
+        files=pairs_fingerprint(config.pairs, pairs_reading(config)),
         seed=config.seed,
         skip_bad=config.skip_bad,
     )

@@ -30,7 +30,13 @@ class BuildConfig(BaseModel):
     model: str = "tiny-mllm"
     """A folder, a hub id, or tiny-mllm (built in)."""
     pairs: str = "scenes"
-    """A pairs file, a folder of pictures with texts, or scenes (built in)."""
+    """A file, folder, pattern or dataset of pictures with texts, or scenes (built in)."""
+    image_column: str | None = None
+    """The pairs' column of pictures, where it has none of the names that are known."""
+    text_column: str | None = None
+    """The pairs' column of texts, likewise."""
+    allow_urls: bool = False
+    """Download pictures that the pairs name by an address."""
     preset: Literal["auto", "paper"] = "auto"
     """auto tries readouts on validation; paper pins the paper's."""
     seed: int = Field(default=0, ge=0)

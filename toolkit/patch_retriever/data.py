@@ -6,19 +6,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from patch_retriever.config import ScenesSettings
+from patch_retriever.config import BuildConfig, ScenesSettings
 from patch_retriever.files import write_json
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
+from patch_retriever.picture_stores import PictureStores, locator
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.collection import Collection
-from patch_retriever.retrieval.pairs import (
-    Pair,
-    pairs_collection,
-    read_pairs,
-    split_pairs,
-    texts_are_shared,
-)
+from patch_retriever.retrieval.pairs import Pair, pairs_collection, split_pairs, texts_are_shared
+from patch_retriever.retrieval.readers.pairs import read_pairs
+from patch_retriever.retrieval.readers.rows import Reading
 
 SCENES = "scenes"
 SPLITS = ("calibration", "validation", "test")
@@ -46,14 +42,17 @@ def scenes_data(sizes: dict[str, int], seed: int) -> Data:
     return Data(splits, about)
 
 
-def prepare_pairs(
-    source: Path, folder: Path, seed: int, skip_bad: bool, progress: Progress
-) -> None:
+def pairs_reading(config: BuildConfig) -> Reading:
+    """How a build reads its pairs."""
+    return Reading.choose(config.image_column, config.text_column, allow_urls=config.allow_urls)
+
+
+def prepare_pairs(config: BuildConfig, folder: Path, progress: Progress) -> None:
     """Read, check and split a user's pairs once; `folder/splits.json` is what later runs read."""
-    read = read_pairs(source, skip_bad, progress)
+    read = read_pairs(config.pairs, config.skip_bad, progress, pairs_reading(config))
     splits = {
-        split: [[str(p.picture.path.resolve()), p.text, p.content] for p in pairs]
-        for split, pairs in split_pairs(read.pairs, seed).items()
+        split: [[locator(p.picture), p.text, p.content] for p in pairs]
+        for split, pairs in split_pairs(read.pairs, config.seed).items()
     }
     values = {
         "splits": splits,
@@ -66,8 +65,9 @@ def prepare_pairs(
 def pairs_data(folder: Path, built_in_model: bool) -> Data:
     """What `prepare_pairs` wrote, as collections."""
     values = json.loads((folder / "splits.json").read_text())
+    stores = PictureStores()
     splits = {
-        split: pairs_collection(split, [Pair(PictureFile(Path(p)), t, c) for p, t, c in rows])
+        split: pairs_collection(split, [Pair(stores.picture_at(p), t, c) for p, t, c in rows])
         for split, rows in values["splits"].items()
     }
     sizes = ", ".join(f"{len(values['splits'][s])} in {s}" for s in SPLITS)
@@ -96,7 +96,7 @@ def all_items(pairs: str) -> list[Item]:
         from patch_retriever.scenes.tasks import scenes_collection
 
         return list(scenes_collection("calibration", ScenesSettings().calibration, 0).items)
-    read = read_pairs(Path(pairs))
+    read = read_pairs(pairs)
     return [
         item for pair in read.pairs for item in (Item(picture=pair.picture), Item(text=pair.text))
     ]

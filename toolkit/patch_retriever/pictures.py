@@ -38,6 +38,11 @@ class _Stored:
         """What errors call it."""
         raise NotImplementedError
 
+    @property
+    def locator(self) -> str:
+        """The name by which `picture_stores.picture_at` opens it from any working folder."""
+        return self.name
+
     def read(self) -> bytes:
         """The bytes."""
         raise NotImplementedError
@@ -65,6 +70,11 @@ class PictureFile(_Stored):
     def name(self) -> str:
         """The file's path."""
         return str(self.path)
+
+    @property
+    def locator(self) -> str:
+        """The file's whole path."""
+        return str(self.path.resolve())
 
     def read(self) -> bytes:
         """The file's bytes.

@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option(
     "--pairs",
-    metavar="FILE|FOLDER|scenes",
+    metavar="FILE|FOLDER|datasets:ID|scenes",
     help="Pictures with texts. [default: scenes, the built-in world]",
+)
+@click.option("--image-column", help="The pairs' column of pictures, if not found by itself.")
+@click.option("--text-column", help="The pairs' column of texts, if not found by itself.")
+@click.option(
+    "--allow-urls",
+    is_flag=True,
+    default=None,
+    help="Download pictures that pairs name by an address.",
 )
 @options.out_folder
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="Settings in YAML.")
@@ -57,6 +65,9 @@ if TYPE_CHECKING:
 def build(
     model: str | None,
     pairs: str | None,
+    image_column: str | None,
+    text_column: str | None,
+    allow_urls: bool | None,
     out: Path,
     config_file: Path | None,
     preset: str | None,
@@ -82,8 +93,10 @@ def build(
     patch-retriever build org/model --pairs pairs.jsonl --preset paper -o mine
     patch-retriever build --config settings.yaml --seed 1 -o mine
 
-    PAIRS is a JSON-lines file of {"image": "path.jpg", "text": "what it shows"}, or a folder with
-    such a pairs.jsonl, or pictures with .txt files of the same name; 50 pairs at least.
+    PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"}; a CSV,
+    TSV or Parquet file with such columns; WebDataset shards ("shards/{0000..0031}.tar");
+    datasets:org/name[/config][:split], from the hub or a folder; or a folder of any of these, or
+    of pictures with .txt files of the same name.
     """
     from patch_retriever.config import BuildConfig
     from patch_retriever.runs import check_out
@@ -92,6 +105,9 @@ def build(
         config_file,
         model=model,
         pairs=pairs,
+        image_column=image_column,
+        text_column=text_column,
+        allow_urls=allow_urls,
         preset=preset,
         sae_from=sae,
         codes=codes,
@@ -124,8 +140,8 @@ def build(
 def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
     """What a build would do, as JSON values."""
     from patch_retriever.backbones.load import BUILT_IN, built_in_model, check_folder
-    from patch_retriever.data import SCENES
-    from patch_retriever.retrieval.pairs import read_pairs
+    from patch_retriever.data import SCENES, pairs_reading
+    from patch_retriever.retrieval.readers.pairs import read_pairs
     from patch_retriever.runs import is_ours
 
     folder = built_in_model() if config.model == BUILT_IN else Path(config.model)
@@ -136,7 +152,7 @@ def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
         load_sae(config.sae_from)
     pairs = None
     if config.pairs != SCENES:
-        read = read_pairs(Path(config.pairs), config.skip_bad)
+        read = read_pairs(config.pairs, config.skip_bad, reading=pairs_reading(config))
         pairs = {"usable": len(read.pairs), "left out": list(read.skipped)}
     finished = [p.parent.name for p in sorted((out / "run").glob("*/done.json"))]
     return {

@@ -16,7 +16,8 @@ from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.encode import loader
 from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap, evaluate_embeddings
 from patch_retriever.retrieval.metrics import CUTOFFS
-from patch_retriever.retrieval.pairs import pairs_collection, read_pairs, split_pairs
+from patch_retriever.retrieval.pairs import pairs_collection, split_pairs
+from patch_retriever.retrieval.readers.pairs import read_pairs
 from patch_retriever.runs import MARKER, is_ours
 
 
@@ -33,7 +34,7 @@ def held_out_collection(
 
         collection = scenes_collection("test", n, seed)
     else:
-        read = read_pairs(Path(pairs), skip_bad)
+        read = read_pairs(pairs, skip_bad)
         collection = pairs_collection("test", split_pairs(read.pairs, seed)["test"])
     names = {name for task in collection.tasks for name in (task.name, task.direction)}
     for name in wanted:

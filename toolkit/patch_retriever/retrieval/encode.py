@@ -1,8 +1,7 @@
-"""Items from a file to embeddings in a file, a batch at a time."""
+"""From items to embeddings in a file, a batch at a time."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,39 +11,7 @@ import numpy as np
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
 from patch_retriever.progress import Progress, no_progress
-
-
-def read_items(path: Path) -> list[Item]:
-    """Items of a JSON-lines file of `{"text": ..., "image": ...}`; pictures are not opened yet.
-
-    Raises:
-        UserError: the file is missing or empty, or a line is not such an object.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, image = row.get("text"), row.get("image")
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}:{number}: not a JSON object") from None
-        if (
-            not isinstance(text, str | None)
-            or not isinstance(image, str | None)
-            or not (text or image)
-        ):
-            raise UserError(f'{path}:{number}: "text", "image" or both expected, as strings')
-        items.append(Item(text or None, PictureFile(path.parent / image) if image else None))
-    if not items:
-        raise UserError(f'{path}: empty; one JSON object a line expected, with "text" or "image"')
-    return items
 
 
 def loader(model: Any) -> Callable[[Item], Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,18 +86,33 @@ def _evaluate(
         # what mteb calls when it needs the data: finished tasks load none
         part.load_data = partial(_load, part)  # type: ignore[method-assign]
     try:
-        (result,) = mteb.evaluate(
-            model,
-            task,
-            co2_tracker=False,
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-            cache=cache,
-            overwrite_strategy="only-missing" if whole else "always",
-            show_progress_bar=False,
-        ).task_results
+        with _no_bars():
+            (result,) = mteb.evaluate(
+                model,
+                task,
+                co2_tracker=False,
+                encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+                cache=cache,
+                overwrite_strategy="only-missing" if whole else "always",
+                show_progress_bar=False,
+            ).task_results
     except (ValueError, TypeError) as error:
         raise UserError(f"{task.metadata.name}: {first_line(error)}") from error
     return result
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars of every table that mteb rewrites."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _is_whole(path: Path) -> bool:

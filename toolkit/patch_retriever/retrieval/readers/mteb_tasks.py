@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -218,10 +218,10 @@ class TableItems(Sequence[Item]):
     @overload
     def __getitem__(self, i: int) -> Item: ...
     @overload
-    def __getitem__(self, i: slice) -> list[Item]: ...
-    def __getitem__(self, i: int | slice) -> Item | list[Item]:
+    def __getitem__(self, i: slice) -> TableItems: ...
+    def __getitem__(self, i: int | slice) -> Item | TableItems:
         if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+            return replace(self, table=self.table.select(range(*i.indices(len(self)))))
         row = self.table[i]
         text = _text(row, self.role) if self.texts else None
         picture = _picture(row, f"{self.name} {row['id']}") if self.pictures else None

@@ -23,6 +23,10 @@ class ReadOptions:
     """Leave bad rows and pictures out and count them, instead of stopping at the first."""
     allow_urls: bool = False
     """Download pictures that are named by an address."""
+    image_column: str | None = None
+    """The column of pictures, where it has none of the names that are known."""
+    text_column: str | None = None
+    """The column of texts, likewise."""
     seed: int = 0
     """Of how pairs are split and of what the built-in world shows."""
     n: int = 500

@@ -1,0 +1,152 @@
+"""Rows of a Parquet file of any size, a window of them in memory at a time."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patch_retriever.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+WINDOW = 32 * 2**20
+"""Bytes of a window, uncompressed; a row group that is smaller is one window."""
+
+
+class ParquetRows:
+    """Some columns of a Parquet file, or fields of them (`image.bytes`), by the number of a row.
+
+    Reading forwards reads the file once; another row of the same window costs nothing, one before
+    it reads its row group from the start.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, tuple(columns)
+        self._window: pa.RecordBatch | None = None
+        self._first = 0  # row of the window's first
+        self._group = -1
+        self._windows: Iterator[pa.RecordBatch] = iter(())
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """A row as Python values.
+
+        Raises:
+            UserError: there is no such row, or the file cannot be read.
+        """
+        if not 0 <= row < len(self):
+            raise UserError(f"{self.path}: {len(self)} rows, so no row {row}")
+        if not self.columns:
+            return {}
+        with reading(self.path):
+            while self._window is None or not 0 <= row - self._first < len(self._window):
+                self._move(row)
+            values: dict[str, Any] = self._window.slice(row - self._first, 1).to_pylist()[0]
+        return values
+
+    def _move(self, row: int) -> None:
+        """To the next window of the row's group, or to its first one."""
+        group = bisect_right(self._starts, row) - 1
+        if group != self._group or row < self._first:
+            self._group, self._first, self._window = group, self._starts[group], None
+            self._windows = self._batches(group)
+        if self._window is not None:
+            self._first += len(self._window)
+        self._window = next(self._windows)
+
+    def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        about = self._file.metadata.row_group(group)
+        sizes = (about.column(i).total_uncompressed_size for i in self._leaves(about))
+        rows = max(1, WINDOW * about.num_rows // max(1, sum(sizes)))
+        batches: Iterator[pa.RecordBatch] = self._file.iter_batches(
+            min(rows, about.num_rows), row_groups=[group], columns=list(self.columns)
+        )
+        return batches
+
+    def missing(self) -> Iterator[bool]:
+        """Whether the only column is null, row by row; statistics say it where they can."""
+        for group in range(self._file.metadata.num_row_groups):
+            about = self._file.metadata.row_group(group)
+            (leaf,) = self._leaves(about)
+            statistics = about.column(leaf).statistics
+            nulls = None if statistics is None else statistics.null_count
+            if nulls in (0, about.num_rows):
+                yield from [bool(nulls)] * about.num_rows
+                continue
+            for batch in self._batches(group):
+                column = batch.column(0)
+                if "." in self.columns[0]:
+                    column = column.flatten()[0]
+                yield from column.is_null().to_pylist()
+
+    def _leaves(self, about: pq.RowGroupMetaData) -> list[int]:
+        paths = (about.column(i).path_in_schema for i in range(about.num_columns))
+        return [
+            i
+            for i, path in enumerate(paths)
+            if any(path == c or path.startswith(f"{c}.") for c in self.columns)
+        ]
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        return open_parquet(self.path)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        about = self._file.metadata
+        sizes = (about.row_group(i).num_rows for i in range(about.num_row_groups))
+        return list(accumulate(sizes, initial=0))[:-1]
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """The file, of which only the part that is asked for is read.
+
+    Raises:
+        UserError: it is missing, damaged or no Parquet file.
+    """
+    import pyarrow.parquet as pq
+
+    with reading(path):
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+
+
+def picture_fields(kind: pa.DataType) -> tuple[str | None, str | None]:
+    """What follows a column's name for the bytes of its pictures, and for their paths.
+
+    `(".bytes", ".path")` for the struct that `datasets` writes, `("", None)` for bytes; all else
+    is taken for paths.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        names = {kind.field(i).name for i in range(kind.num_fields)}
+        return (
+            ".bytes" if "bytes" in names else None,
+            ".path" if "path" in names else None,
+        )
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return "", None
+    return None, ""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say in one line what Arrow says about a file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError, StopIteration) as error:
+        reason = first_line(error)
+        raise UserError(f"{path}: cannot be read as Parquet ({reason})") from None

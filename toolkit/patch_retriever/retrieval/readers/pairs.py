@@ -1,0 +1,135 @@
+"""A user's own pictures with texts: every row checked, every picture opened once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import value_hash
+from patch_retriever.hf_datasets import DATASETS
+from patch_retriever.pictures import PictureFile
+from patch_retriever.progress import Progress, no_progress
+from patch_retriever.retrieval.pairs import SHARES, Pair, pairs_collection, split_pairs
+from patch_retriever.retrieval.readers.options import ReadOptions
+from patch_retriever.retrieval.readers.rows import AS_USUAL, Reading, Row
+from patch_retriever.retrieval.readers.sources import open_source
+from patch_retriever.retrieval.tasks import RetrievalTask
+
+MIN_PAIRS = 50
+
+
+@dataclass(frozen=True)
+class PairsRead:
+    """All usable pairs, and one line for each that `skip_bad` left out."""
+
+    pairs: tuple[Pair, ...]
+    skipped: tuple[str, ...]
+
+
+def read_pairs(
+    source: str | Path,
+    skip_bad: bool = False,
+    progress: Progress = no_progress,
+    reading: Reading = AS_USUAL,
+    least: int = MIN_PAIRS,
+) -> PairsRead:
+    """Read and check pairs; every picture is decoded once, so that a bad one is found now.
+
+    No picture's bytes stay in memory.
+
+    Args:
+        source: what `open_source` opens: rows of a picture and a text, or of a picture and a list
+            of texts, each of which makes a pair.
+        skip_bad: leave out rows that cannot be used, instead of stopping at the first.
+        progress: wraps the rows to show progress.
+        reading: names of columns, where pictures lie, whether they may be downloaded.
+        least: how many pairs are needed.
+
+    Raises:
+        UserError: nothing there, nothing in it, a bad row or picture, fewer than `least` pairs.
+    """
+    rows = list(open_source(str(source), reading).rows())
+    if not rows:
+        raise UserError(
+            f"{source}: no pairs in it; give one JSON object a line, "
+            '{"image": "a.jpg", "text": "what it shows"}, or pictures with .txt files beside them'
+        )
+    pairs: list[Pair] = []
+    skipped: list[str] = []
+    for row in progress(rows, len(rows)):
+        try:
+            pairs.extend(_checked(row))
+        except UserError as error:
+            if not skip_bad:
+                raise UserError(f"{error}; mend it or pass --skip-bad") from None
+            skipped.append(str(error))
+    if len(pairs) < least:
+        left_out = f" ({len(skipped)} left out)" if skipped else ""
+        raise UserError(
+            f"{source}: {len(pairs)} usable pairs{left_out}, at least {least} are needed "
+            "to fit, choose and test"
+        )
+    return PairsRead(tuple(pairs), tuple(skipped))
+
+
+def _checked(row: Row) -> Iterator[Pair]:
+    """The pairs of a row, one for each of its texts."""
+    if row.fault:
+        raise UserError(row.fault)
+    if row.picture is None:
+        raise UserError(f"{row.where}: no image")
+    texts = row.text if isinstance(row.text, list) else [row.text]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{row.where}: no text")
+    try:
+        row.picture.open()
+        content = row.picture.content_hash()
+    except UserError as error:
+        line = str(error)
+        raise UserError(line if line.startswith(row.where) else f"{row.where}: {line}") from None
+    for text in texts:
+        yield Pair(row.picture, text.strip(), content)
+
+
+def pairs_fingerprint(source: str | Path, reading: Reading = AS_USUAL) -> str:
+    """Changes when a row is added, removed or edited, or when a file with pictures changes."""
+    opened = open_source(str(source), reading)
+    rows = []
+    for row in opened.rows():
+        path = row.picture.path if isinstance(row.picture, PictureFile) else None
+        rows.append([row.where, str(row.text), row.picture and row.picture.name, _stat(path)])
+    return value_hash([rows, [[str(path), _stat(path)] for path in opened.containers]])
+
+
+def _stat(path: Path | None) -> list[int] | None:
+    if path is None or not path.is_file():
+        return None
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def read_pairs_tasks(location: str, options: ReadOptions) -> list[RetrievalTask]:
+    """t->i and i->t over a split of pairs, or over all of them (`options.split` is `all`).
+
+    Raises:
+        UserError: the pairs cannot be used, or there is no such split.
+    """
+    names = (*SHARES, "all")
+    if options.split not in names:
+        raise UserError(f"{location}: no split {options.split!r}; pairs have {', '.join(names)}")
+    reading = Reading.choose(
+        options.image_column, options.text_column, options.images, options.allow_urls
+    )
+    whole = options.split == "all"
+    least = 1 if whole else MIN_PAIRS
+    read = read_pairs(location, options.skip_bad, reading=reading, least=least)
+    pairs = read.pairs if whole else split_pairs(read.pairs, options.seed)[options.split]
+    tasks = pairs_collection(options.split, pairs).retrieval_tasks()
+    return [replace(task, skipped=read.skipped) for task in tasks]
+
+
+def read_datasets_tasks(location: str, options: ReadOptions) -> list[RetrievalTask]:
+    """The same over a dataset of the `datasets` library."""
+    return read_pairs_tasks(f"{DATASETS}{location}", options)
