@@ -272,6 +272,14 @@ def test_by_itself_mteb_drops_the_pictures_of_a_mixed_corpus(encoder, stock):
     assert np.ptp(ours[alone], axis=0).max() > 0.01
 
 
+@pytest.mark.parametrize("kind", [ShapesT2I, ShapesI2T, ShapesIT2I])
+def test_told_the_modalities_it_agrees_where_none_of_this_matters(encoder, stock, kind):
+    """So what `build` exports needs no code of ours to be run again by others."""
+    by_mteb(mended(stock), theirs := kind())
+    by_mteb(MtebEncoder(encoder), ours := kind())
+    assert ours.per_query == pytest.approx(theirs.per_query, abs=1e-6)
+
+
 def test_told_the_modalities_it_stops_at_a_candidate_without_a_picture(encoder, stock):
     with pytest.raises(TypeError):
         by_mteb(mended(stock), ShapesT2Mixed())
