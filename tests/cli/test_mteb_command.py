@@ -11,7 +11,7 @@ import pytest
 
 from commands import error_line, invoke
 
-LOCAL = Path(__file__).parents[1] / "retrieval" / "local_tasks.py"
+LOCAL = Path(__file__).parents[1] / "local_tasks.py"
 SAID = ("-o", "results", "--batch-size", 8)
 
 
@@ -101,9 +101,10 @@ def test_a_task_that_fails_does_not_stop_the_others(run):
     failed, done = json.loads(result.stdout)["tasks"]
     assert failed["failed"].startswith("NotThere: its data set nobody/no-such-data-set cannot")
     assert done["score"] > 0
-    assert "(1 of 2 tasks failed)" in result.stderr
+    assert result.stderr.startswith("Error: 1 of 2 tasks failed; NotThere: its data set nobody/")
     shown = run("NotThere", "ShapesT2I")
-    assert shown.stdout.splitlines()[1].split()[-1] == "failed"
+    assert [row.split()[-1] == "failed" for row in shown.stdout.splitlines()[1:]] == [True, False]
+    assert f"failed: {failed['failed']}" in shown.stderr
 
 
 def test_data_that_cannot_be_had_are_one_line(run):

@@ -103,5 +103,7 @@ def mteb(
             score = "failed" if "failed" in row else f"{100 * row['score']:6.2f}"
             click.echo(f"  {row['task']:<36} {row['metric']:<16} {score}")
     if failed:
-        others = f" ({len(failed)} of {len(tasks)} tasks failed)" if len(tasks) > 1 else ""
-        raise UserError("; ".join(row["failed"] for row in failed) + others)
+        reason = failed[0]["failed"]
+        if len(tasks) > 1:
+            reason = f"{len(failed)} of {len(tasks)} tasks failed; {reason}"
+        raise UserError(reason)

@@ -69,7 +69,8 @@ def run_mteb(
         try:
             rows.append(row | _scores(_evaluate(model, task, cache, batch_size, say)))
         except UserError as error:
-            say(f"{task.metadata.name}: failed")
+            if len(tasks) > 1:  # else it is said at the end
+                say(f"failed: {error}")
             rows.append(row | {"failed": str(error)})
     return {"model": meta.name, "revision": meta.revision, "tasks": rows}
 
@@ -84,7 +85,7 @@ def _evaluate(
         say(f"{path}: damaged; its task is run again")
     for part in (task, *getattr(task, "tasks", ())):  # of an aggregate
         # what mteb calls when it needs the data: finished tasks load none
-        part.load_data = partial(_load, part)  # type: ignore[method-assign]
+        part.load_data = partial(_load, part)
     try:
         with _no_bars():
             (result,) = mteb.evaluate(

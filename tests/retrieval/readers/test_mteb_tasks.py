@@ -10,6 +10,9 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mteb._create_dataloaders import _retrieval_texts
+from mteb.types import PromptType
+
 from local_tasks import (
     HERE,
     Local,
@@ -27,9 +30,6 @@ from local_tasks import (
     table,
     text,
 )
-from mteb._create_dataloaders import _retrieval_texts
-from mteb.types import PromptType
-
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures import PictureBytes

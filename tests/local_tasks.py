@@ -1,6 +1,6 @@
 """mteb tasks that need no network: drawn pictures and made-up texts, one task for a direction.
 
-Tests import it, and `--tasks tests/retrieval/local_tasks.py:ShapesT2I` reads it as a user's file.
+Tests import it, and `--tasks tests/local_tasks.py:ShapesT2I` reads it as a user's file.
 """
 
 from __future__ import annotations
