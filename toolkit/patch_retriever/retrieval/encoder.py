@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +68,20 @@ class Encoder:
     def device(self) -> torch.device:
         """Where it runs."""
         return self._trunk.device
+
+    @property
+    def similarity(self) -> Literal["cosine", "dot"]:
+        """How the model is compared; with "cosine" its vectors have length 1."""
+        return "cosine" if self._unit else "dot"
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest input, in tokens."""
+        return self._trunk.max_seq_length
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the trunk and of the head."""
+        return chain(self._trunk.parameters(), self._head.parameters())
 
     @cached_property
     def dimension(self) -> int:

@@ -18,6 +18,7 @@ FORMATS = {
     "karpathy": "karpathy.read_karpathy",
     "cirr": "cirr.read_cirr",
     "fashioniq": "fashioniq.read_fashioniq",
+    "mteb": "mteb_tasks.read_mteb",
 }
 """The reader of each format: a function of a location and `ReadOptions` in a module here."""
 
