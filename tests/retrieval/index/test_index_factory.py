@@ -67,7 +67,7 @@ def test_every_name_makes_an_index_that_its_corpus_can_train(name, n, dimension)
 def test_a_string_that_faiss_does_not_take_is_one_line(string, reason):
     with pytest.raises(UserError, match=reason) as raised:
         new_index(string, 32)
-    assert str(raised.value).startswith(f"--factory {string!r}: FAISS makes no index of 32 dimen")
+    assert str(raised.value).startswith(f"index {string!r}: FAISS makes no index of 32 dimen")
     assert "\n" not in str(raised.value)
 
 

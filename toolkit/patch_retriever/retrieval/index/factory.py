@@ -68,7 +68,7 @@ def new_index(factory: str, dimension: int) -> faiss.Index:
         index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(
-            f"--factory {factory!r}: FAISS makes no index of {dimension} dimensions from it "
+            f"index {factory!r}: FAISS makes no index of {dimension} dimensions from it "
             f"({_reason(error)}); give {', '.join(NAMES)} or a FAISS factory string"
         ) from None
     _quieten(index)
@@ -87,7 +87,7 @@ def train(index: faiss.Index, sample_td: NDArray[np.float32], factory: str) -> N
         index.train(sample_td)
     except RuntimeError as error:
         raise UserError(
-            f"--factory {factory!r}: cannot be trained on {len(sample_td)} items "
+            f"index {factory!r}: cannot be trained on {len(sample_td)} items "
             f"({_reason(error)}); take flat or hnsw for so few, or fewer lists"
         ) from None
 
