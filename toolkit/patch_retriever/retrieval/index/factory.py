@@ -1,0 +1,186 @@
+"""What an index is made of: FAISS factory strings, names for the usual ones, their settings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from patch_retriever.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import faiss
+    import numpy as np
+    from numpy.typing import NDArray
+
+NAMES = ("auto", "flat", "ivf", "hnsw", "ivf-pq", "sq8", "rabitq")
+EXACT_UP_TO = 100_000
+"""Items that `auto` searches exactly: no index is needed for so few."""
+PLAIN_UP_TO = 1_000_000
+"""Items up to which `auto` keeps whole vectors in its lists; above, a byte a dimension."""
+POINTS_PER_LIST = 40
+"""Of the training sample; FAISS asks for 39."""
+SAMPLE = 65_536
+"""Training points at least, where there are as many: what an 8-bit product quantizer asks for."""
+
+
+def factory_string(factory: str, n: int, dimension: int) -> str:
+    """The FAISS factory string for one of `NAMES`; anything else is one already.
+
+    Args:
+        factory: a name or a factory string.
+        n: how many items the index is made for.
+        dimension: of their vectors.
+    """
+    lists = _lists(n)
+    auto = "flat" if n <= EXACT_UP_TO else "ivf" if n <= PLAIN_UP_TO else "ivf-sq8"
+    name = factory.lower()
+    return {
+        "flat": "Flat",
+        "ivf": f"IVF{lists},Flat",
+        "ivf-sq8": f"IVF{lists},SQ8",
+        "hnsw": "HNSW32",
+        "ivf-pq": f"IVF{lists},PQ{_parts(dimension)}x8",
+        "sq8": "SQ8",
+        "rabitq": "RaBitQ",
+    }.get(auto if name == "auto" else name, factory)
+
+
+def _lists(n: int) -> int:
+    """Inverted lists: about 4 sqrt(n), and enough points for each to be trained."""
+    wanted = max(1, min(round(4 * math.sqrt(n)), n // POINTS_PER_LIST))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def _parts(dimension: int) -> int:
+    """Parts of a product quantizer: a byte for every eight dimensions, where they divide."""
+    return max(m for m in range(1, max(1, dimension // 8) + 1) if dimension % m == 0)
+
+
+def new_index(factory: str, dimension: int) -> faiss.Index:
+    """An empty index by inner product that takes vectors with numbers of their own.
+
+    Raises:
+        UserError: FAISS does not understand the string, or it does not fit the dimension.
+    """
+    faiss = import_faiss()
+    try:
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise UserError(
+            f"--factory {factory!r}: FAISS makes no index of {dimension} dimensions from it "
+            f"({_reason(error)}); give {', '.join(NAMES)} or a FAISS factory string"
+        ) from None
+    _quieten(index)
+    if not isinstance(index, faiss.IndexIDMap) and not _keeps_numbers(index):
+        index = faiss.IndexIDMap(index)
+    return index
+
+
+def train(index: faiss.Index, sample_td: NDArray[np.float32], factory: str) -> None:
+    """Train `index` on a sample of what it will hold.
+
+    Raises:
+        UserError: the sample is too small for this index.
+    """
+    try:
+        index.train(sample_td)
+    except RuntimeError as error:
+        raise UserError(
+            f"--factory {factory!r}: cannot be trained on {len(sample_td)} items "
+            f"({_reason(error)}); take flat or hnsw for so few, or fewer lists"
+        ) from None
+
+
+def sample_size(index: faiss.Index) -> int:
+    """How many vectors to train `index` on; 0 where it needs no training."""
+    if index.is_trained:
+        return 0
+    ivf = _ivf(_inner(index))
+    return max(SAMPLE, POINTS_PER_LIST * ivf.nlist if ivf is not None else 0)
+
+
+def default_search(index: faiss.Index) -> dict[str, int]:
+    """Search settings to begin with: FAISS's own (one list, 16 neighbours) find too little."""
+    faiss = import_faiss()
+    inner = _inner(index)
+    ivf = _ivf(inner)
+    if ivf is not None:
+        return {"nprobe": min(ivf.nlist, max(8, ivf.nlist // 32))}
+    return {"efSearch": 64} if isinstance(inner, faiss.IndexHNSW) else {}
+
+
+def set_search(index: faiss.Index, settings: Mapping[str, int]) -> None:
+    """Set `nprobe`, `efSearch`, ... for the searches that follow.
+
+    Raises:
+        UserError: this kind of index has no such setting.
+    """
+    space = import_faiss().ParameterSpace()
+    for name, value in settings.items():
+        try:
+            space.set_index_parameter(index, name, value)
+        except RuntimeError:
+            raise UserError(
+                f"{name}={value}: not a search setting of this index; IVF indexes have nprobe, "
+                "HNSW indexes efSearch"
+            ) from None
+
+
+def reserve(index: faiss.Index, count: int) -> None:
+    """Take the room for `count` vectors at once; growing as they come takes up to twice as much."""
+    faiss = import_faiss()
+    inner = _inner(index)
+    codes = faiss.downcast_index(inner.storage) if isinstance(inner, faiss.IndexHNSW) else inner
+    if isinstance(codes, faiss.IndexFlatCodes):
+        held = codes.codes.size()
+        codes.codes.resize(held + count * codes.code_size)
+        codes.codes.resize(held)
+
+
+def import_faiss() -> Any:
+    """FAISS.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            "FAISS is not installed; pip install faiss-cpu (or faiss-gpu for an NVIDIA GPU)"
+        ) from None
+    return faiss
+
+
+def _inner(index: faiss.Index) -> Any:
+    """What an ID map is around, as its own class."""
+    faiss = import_faiss()
+    index = faiss.downcast_index(index)
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
+
+
+def _ivf(index: faiss.Index) -> Any:
+    return import_faiss().try_extract_index_ivf(index)
+
+
+def _quieten(index: faiss.Index) -> None:
+    """No page of warnings where a sample is small: k-means says one for every part."""
+    for part in (_ivf(index), import_faiss().downcast_index(index)):
+        for trained in (part, getattr(part, "pq", None)):
+            if hasattr(trained, "cp"):
+                trained.cp.min_points_per_centroid = 1
+
+
+def _keeps_numbers(index: Any) -> bool:
+    """Whether vectors are stored with their numbers, without an ID map around the index."""
+    faiss = import_faiss()
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return isinstance(index, faiss.IndexIVF)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What FAISS says, without where in its source it says it."""
+    return re.sub(r"^.*( failed: |\.cpp:\d+: )", "", first_line(error))
