@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +67,15 @@ def write_tensors(
             raise OSError(str(error)) from error
 
     write(path, save)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same bytes at `target`, without room of their own where the file system can."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def allow_reading(path: Path) -> None:

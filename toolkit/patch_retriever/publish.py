@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ from patch_retriever.concepts.table import add_selection
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
 from patch_retriever.errors import UserError
-from patch_retriever.files import allow_reading, write, write_json, write_text
+from patch_retriever.files import allow_reading, link_or_copy, write, write_json, write_text
 from patch_retriever.golden import check_golden, write_golden
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.export import export_modules
@@ -87,21 +85,12 @@ def publish(
     table = Path("report", TABLE)
     _remove_what_was_published(out, keep={str(name) for name in (*sources, table)})
     for name, path in sources.items():
-        write(out / name, partial(_link_or_copy, path))
+        write(out / name, partial(link_or_copy, path))
     patch = Patch.load(selected / "patch")
     add_selection(concepts / TABLE, patch.strengths, patch.why, out / table)
     card = _card(out.name, patch, exported, evaluated, readouts, data, config)
     write_text(out / "README.md", card)
-    write(out / "modules.json", partial(_link_or_copy, last))
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """The same bytes at `target`, without room of their own where the file system can."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    write(out / "modules.json", partial(link_or_copy, last))
 
 
 def _remove_what_was_published(out: Path, keep: set[str]) -> None:

@@ -16,7 +16,9 @@ from patch_retriever.cli.doctor import doctor
 from patch_retriever.cli.encode import encode
 from patch_retriever.cli.evaluate import evaluate
 from patch_retriever.cli.explain import explain
+from patch_retriever.cli.index import index, index_migrate, index_remove
 from patch_retriever.cli.info import info
+from patch_retriever.cli.search import search
 from patch_retriever.cli.train_sae import train_sae
 from patch_retriever.errors import UserError
 
@@ -54,6 +56,8 @@ def main() -> None:
     patch-retriever concepts my-retriever             scores of every concept
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
+    patch-retriever index photos -m demo -o photos-index
+    patch-retriever search photos-index "a red bag"
     patch-retriever explain demo "a red star" a.png   one similarity, part by part
     patch-retriever analyze demo -o analysis          the paper's figures and tables about it
     """
@@ -68,6 +72,10 @@ for command in (
     convert_sae,
     evaluate,
     encode,
+    index,
+    index_remove,
+    index_migrate,
+    search,
     info,
     doctor,
 ):

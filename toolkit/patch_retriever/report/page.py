@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import patch_retriever
 from patch_retriever.concepts.query import TABLE
@@ -20,7 +19,8 @@ from patch_retriever.report.card import operators, verdict
 from patch_retriever.report.concept_cards import concept_cards
 from patch_retriever.report.figures import energy_figure, modality_figure, validation_curves
 from patch_retriever.report.gallery import gallery
-from patch_retriever.report.table import EXPLANATION, NEEDS, setting_text
+from patch_retriever.report.rendering import render
+from patch_retriever.report.table import EXPLANATION, NEEDS
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages.readout import load_readout
 
@@ -60,6 +60,7 @@ def write_report(
     test = Features.load(run / "features" / "test.safetensors")
     groups = {needs: [row for row in table["rows"] if row["needs"] == needs] for needs in NEEDS}
     page = render(
+        "report.html.jinja",
         model=config.model,
         version=patch_retriever.__version__,
         summary=summary(table),
@@ -85,24 +86,6 @@ def write_report(
         ),
     )
     write_text(folder / REPORT, page)
-
-
-def render(**values: Any) -> str:
-    """The page; every text is escaped. Raises if a value is missing."""
-    environment = Environment(
-        loader=PackageLoader("patch_retriever.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": lambda share: f"{100 * share:.1f}",
-        "change": lambda share: f"{100 * share:+.1f}",
-        "short": lambda number: f"{number:.3g}",
-        "setting": setting_text,
-    }
-    return environment.get_template("report.html.jinja").render(values) + "\n"
 
 
 def summary(table: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ class Shown:
     alt: str
 
 
-def show(item: Item) -> Shown:
+def show(item: Item, side: int = SIDE) -> Shown:
     """An item with a thumbnail of its picture.
 
     Raises:
@@ -38,7 +38,7 @@ def show(item: Item) -> Shown:
     """
     if item.picture is None:
         return Shown(item.text, None, "")
-    return Shown(item.text, thumbnail(item.picture.open()), Path(item.picture.name).name)
+    return Shown(item.text, thumbnail(item.picture.open(), side), Path(item.picture.name).name)
 
 
 def thumbnail(picture: Image.Image, side: int = SIDE) -> str:

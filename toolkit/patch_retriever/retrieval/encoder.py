@@ -92,6 +92,14 @@ class Encoder:
         head = [self._truncate, self._unit, _fingerprint(self._head), self._prompts]
         return value_hash([self.trunk_fingerprint, head])
 
+    @property
+    def only_normalises(self) -> bool:
+        """Whether the head does nothing but bring pooled vectors to length 1."""
+        from sentence_transformers.base.modules import Normalize
+
+        whole = self._truncate is None and all(isinstance(m, Normalize) for m in self._head)
+        return whole and (self._unit or len(self._head) > 0)
+
     def store_key(self, role: Role, prompt: str | None = None) -> str:
         """SHA-256 of all that decides the pooled vectors of items in a role."""
         routed = any("task" in getattr(m, "forward_kwargs", ()) for m in self._trunk)

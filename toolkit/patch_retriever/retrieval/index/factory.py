@@ -139,6 +139,39 @@ def reserve(index: faiss.Index, count: int) -> None:
         codes.codes.resize(held)
 
 
+def flat_vectors(index: faiss.Index) -> FlatVectors | None:
+    """The vectors of an index that holds them whole, in the order of their adding."""
+    inner = _inner(index)
+    return FlatVectors(inner) if isinstance(inner, import_faiss().IndexFlat) else None
+
+
+class FlatVectors:
+    """The vectors (n, d) of a Flat index, read like an array."""
+
+    def __init__(self, index: faiss.IndexFlat) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def __getitem__(self, at: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        if isinstance(at, slice):
+            start, stop, _ = at.indices(len(self))
+            return self._index.reconstruct_n(start, stop - start)
+        return self._index.reconstruct_batch(at)
+
+
+def to_gpu(index: faiss.Index) -> faiss.Index:
+    """A copy on all GPUs, where this FAISS has any and they take this kind of index."""
+    faiss = import_faiss()
+    if not getattr(faiss, "get_num_gpus", int)():
+        return index
+    try:
+        return faiss.index_cpu_to_all_gpus(index)
+    except RuntimeError:  # HNSW, RaBitQ
+        return index
+
+
 def import_faiss() -> Any:
     """FAISS.
 
@@ -169,8 +202,9 @@ def _quieten(index: faiss.Index) -> None:
     """No page of warnings where a sample is small: k-means says one for every part."""
     for part in (_ivf(index), import_faiss().downcast_index(index)):
         for trained in (part, getattr(part, "pq", None)):
-            if hasattr(trained, "cp"):
-                trained.cp.min_points_per_centroid = 1
+            clustering = getattr(trained, "cp", None)
+            if clustering is not None:
+                clustering.min_points_per_centroid = 1
 
 
 def _keeps_numbers(index: Any) -> bool:

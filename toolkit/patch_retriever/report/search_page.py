@@ -1,0 +1,57 @@
+"""The HTML page of a search: every query with what it found, thumbnails inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import patch_retriever
+from patch_retriever.errors import UserError
+from patch_retriever.files import write_text
+from patch_retriever.items import Item
+from patch_retriever.report.pictures import Shown, show
+from patch_retriever.report.rendering import render
+from patch_retriever.retrieval.answers import Answer
+from patch_retriever.retrieval.index.search import SavedIndex
+
+SIDE = 224
+"""Pixels of a thumbnail's longer side at most."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    rank: int
+    score: float
+    id: str
+    shown: Shown
+
+
+def write_search_page(path: Path, index: SavedIndex, answers: Sequence[Answer]) -> None:
+    """Write the answers to queries as a page.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    rows = [
+        (_show(answer.query), [_Found(h.rank, h.score, h.id, _show(h.item())) for h in answer.hits])
+        for answer in answers
+    ]
+    page = render(
+        "search.html.jinja",
+        index=index.folder.name,
+        count=len(index),
+        model=index.manifest.made_by.model,
+        factory=index.manifest.factory,
+        rows=rows,
+        version=patch_retriever.__version__,
+    )
+    write_text(path, page)
+
+
+def _show(item: Item) -> Shown:
+    """An item; a picture that is not there any more by its name."""
+    try:
+        return show(item, SIDE)
+    except UserError as error:
+        return Shown(" · ".join(filter(None, (item.text, str(error)))), None, "")

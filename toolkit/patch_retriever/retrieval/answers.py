@@ -1,0 +1,95 @@
+"""Queries to what they find in a saved index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patch_retriever.items import Item
+from patch_retriever.pictures import PictureFile
+from patch_retriever.retrieval.index.items import Entry
+from patch_retriever.retrieval.index.search import SavedIndex
+
+if TYPE_CHECKING:
+    from patch_retriever.retrieval.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An item that was found."""
+
+    rank: int
+    score: float
+    id: str
+    text: str | None
+    picture: str | None
+
+    @classmethod
+    def of(cls, rank: int, score: float, entry: Entry) -> Hit:
+        """An item of the index, with its rank from 1."""
+        return cls(rank, score, entry.id, entry.text, entry.picture)
+
+    def item(self) -> Item:
+        """The item itself; its picture is opened when it is needed."""
+        picture = None if self.picture is None else PictureFile(Path(self.picture))
+        return Item(self.text, picture)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query and what it found, best first."""
+
+    query: Item
+    hits: tuple[Hit, ...]
+
+    @property
+    def asked(self) -> str:
+        """The query as it is written on the command line."""
+        picture = self.query.picture and self.query.picture.name
+        return " + ".join(part for part in (picture, self.query.text) if part)
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return {"query": self.asked, "hits": [vars(hit) for hit in self.hits]}
+
+    def to_lines(self) -> list[str]:
+        """A table for a terminal: rank, score, id, text."""
+        widest = max((len(hit.id) for hit in self.hits), default=0)
+        rows = ((f"{hit.rank:>4}  {hit.score:.4f}  {hit.id:<{widest}}", hit) for hit in self.hits)
+        lines = [f"{row}  {' '.join((hit.text or '').split())}".rstrip() for row, hit in rows]
+        return lines or ["nothing found"]
+
+
+def answer(
+    index: SavedIndex,
+    encoder: Encoder,
+    queries: Sequence[Item],
+    k: int,
+    settings: Mapping[str, int] | None = None,
+    batch_size: int = 64,
+) -> list[Answer]:
+    """The k best items of `index` for every query, which is encoded in the other role than the
+    items were.
+
+    Raises:
+        UserError: a query's picture cannot be read, or the index has no such search setting.
+    """
+    asked_as = "document" if index.manifest.made_by.role == "query" else "query"
+    queries_qd = encoder.embed(queries, asked_as, batch_size=batch_size)
+    scores_qk, numbers_qk = index.search(queries_qd, k, settings)
+    entries = index.items.entries(numbers_qk[numbers_qk >= 0].tolist())
+    return [
+        Answer(
+            query,
+            tuple(
+                Hit.of(rank, score, entries[number])
+                for rank, (score, number) in enumerate(zip(scores, numbers, strict=True), 1)
+                if number >= 0
+            ),
+        )
+        for query, scores, numbers in zip(
+            queries, scores_qk.tolist(), numbers_qk.tolist(), strict=True
+        )
+    ]

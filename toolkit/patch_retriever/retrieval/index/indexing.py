@@ -1,0 +1,279 @@
+"""A corpus to an index folder: encode what is new, build or add, keep the pooled vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patch_retriever.errors import UserError
+from patch_retriever.files import value_hash
+from patch_retriever.items import Item
+from patch_retriever.pictures import PictureFile
+from patch_retriever.progress import Progress, Say, no_progress, silent
+from patch_retriever.retrieval.embeddings import (
+    KEY,
+    EmbeddingStore,
+    embed_items,
+    open_store,
+    read_vectors,
+)
+from patch_retriever.retrieval.encoder import Encoder, Role
+from patch_retriever.retrieval.index.build import CHUNK
+from patch_retriever.retrieval.index.factory import factory_string
+from patch_retriever.retrieval.index.items import Entry, Items
+from patch_retriever.retrieval.index.manifest import (
+    EMBEDDINGS,
+    MANIFEST,
+    MadeBy,
+    Manifest,
+    changing,
+    check_parts,
+)
+from patch_retriever.retrieval.index.writing import SHARD_BYTES, begin, grow, read_draft
+
+
+class Corpus(Protocol):
+    """Items by their ids, made when they are asked for; a line for each that was left out."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """One for every item, none twice."""
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """The items."""
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """What could not be read."""
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """How an index is made. `shard_items`: items in a file at most, by themselves what
+    fills 4 GiB."""
+
+    factory: str = "auto"
+    role: Role = "document"
+    shard_items: int | None = None
+    keep_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What was done: items in the index now, added, encoded for it, there before; left out."""
+
+    count: int
+    added: int
+    encoded: int
+    there_before: int
+    skipped: tuple[str, ...]
+
+
+class StoredVectors:
+    """`Vectors` of stored items: the head runs when they are read."""
+
+    def __init__(
+        self, encoder: Encoder, role: Role, store: EmbeddingStore, keys_n: NDArray[Any]
+    ) -> None:
+        self._encoder, self._role, self._store = encoder, role, store
+        self.keys_n = keys_n
+
+    def __len__(self) -> int:
+        return len(self.keys_n)
+
+    def rows(self, numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        """Final vectors, a chunk at a time."""
+        keys = self.keys_n[np.asarray(numbers, dtype=np.int64)]
+        return read_vectors(self._encoder, self._role, self._store, keys, CHUNK)
+
+
+def index_corpus(
+    corpus: Corpus,
+    encoder: Encoder,
+    folder: Path,
+    options: IndexOptions = IndexOptions(),
+    skip_bad: bool = False,
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+    say: Say = silent,
+) -> Indexed:
+    """Encode a corpus and index it in `folder`; a stopped run goes on where it stood.
+
+    Raises:
+        UserError: another index is there, an item cannot be read (with `skip_bad` it is left
+            out), the factory does not fit, or the disk is full.
+    """
+    made_by = MadeBy.of(encoder, options.role)
+    _check_free(folder)
+    with changing(folder), open_store(folder / EMBEDDINGS, encoder, options.role, say=say) as store:
+        done = embed_items(
+            encoder,
+            corpus.items,
+            options.role,
+            store,
+            batch_size=batch_size,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+        coming = _Coming(corpus, done.keys_n)
+        if not len(coming):
+            raise UserError(f"no usable item among {len(corpus.ids)}; {done.skipped[0]}")
+        factory = factory_string(options.factory, len(coming), encoder.dimension)
+        shard_items = options.shard_items or SHARD_BYTES // (4 * encoder.dimension)
+        key = value_hash([made_by.fingerprint, made_by.role, factory, shard_items, coming.digest])
+        vectors = StoredVectors(encoder, options.role, store, coming.keys_n)
+        indexed = Indexed(
+            len(coming), len(coming), done.encoded, 0, (*corpus.skipped, *done.skipped)
+        )
+        if (folder / MANIFEST).is_file():
+            there = Manifest.read(folder / MANIFEST)
+            if there.key != key:
+                raise UserError(
+                    f"{folder}: holds an index of other items or settings; add to it with --add, "
+                    "or name another folder"
+                )
+            check_parts(folder, there.parts)
+            say(f"{folder}: done before")
+            return indexed
+        draft = read_draft(folder, key, say)
+        if draft is None:
+            say(f"{factory}: {len(coming)} items of {encoder.dimension} dimensions")
+            d = encoder.dimension
+            draft = begin(folder, key, made_by, vectors, factory, d, shard_items)
+        grow(folder, draft, 0, vectors, coming.entries, say)
+    if not options.keep_embeddings:
+        shutil.rmtree(folder / EMBEDDINGS)
+    return indexed
+
+
+def add_corpus(
+    corpus: Corpus,
+    encoder: Encoder,
+    folder: Path,
+    skip_bad: bool = False,
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+    say: Say = silent,
+) -> Indexed:
+    """Add what an index lacks of a corpus; an item with the id and the content of one that is
+    there is left as it is.
+
+    Raises:
+        UserError: another model made the index, an id is there with another content, an item
+            cannot be read (with `skip_bad` it is left out), or the disk is full.
+    """
+    start = Manifest.read(folder / MANIFEST)
+    start.made_by.check(folder, encoder)
+    role: Role = "query" if start.made_by.role == "query" else "document"
+    check_parts(folder, start.parts)
+    kept = (folder / EMBEDDINGS).is_dir()
+    there = Items(folder, start.shards).find(corpus.ids)
+    new = _New(corpus, there)
+    with changing(folder), open_store(folder / EMBEDDINGS, encoder, role, say=say) as store:
+        done = embed_items(
+            encoder,
+            new.items,
+            role,
+            store,
+            batch_size=batch_size,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+        coming = _Coming(new, done.keys_n)
+        indexed = Indexed(
+            start.count + len(coming),
+            len(coming),
+            done.encoded,
+            len(there),
+            (*corpus.skipped, *done.skipped),
+        )
+        if len(coming):
+            key = value_hash([start.key, coming.digest])
+            draft = read_draft(folder, key, say) or replace(start, key=key)
+            vectors = StoredVectors(encoder, role, store, coming.keys_n)
+            grow(folder, draft, start.next, vectors, coming.entries, say)
+    if not kept:
+        shutil.rmtree(folder / EMBEDDINGS)
+    return indexed
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that holds anything but an index."""
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; name a folder to write to")
+    ours = (MANIFEST, EMBEDDINGS, "lock")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in ours):
+        raise UserError(f"{folder}: not empty and no index; name another folder")
+
+
+class _Coming:
+    """The items of a corpus that have a vector, to be added."""
+
+    def __init__(self, corpus: Corpus, keys_n: NDArray[Any]) -> None:
+        self._corpus = corpus
+        self._positions = np.flatnonzero(keys_n != b"")
+        self.keys_n = keys_n[self._positions]
+        digest = hashlib.sha256()
+        for position, key in zip(self._positions.tolist(), self.keys_n, strict=True):
+            digest.update(f"{corpus.ids[position]}\0{_hex(key)}\0".encode())
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def entries(self, positions: range, first: int) -> Iterator[Entry]:
+        """Some of the items, as the index keeps them, numbered from `first`."""
+        for number, position in enumerate(positions, first):
+            at = int(self._positions[position])
+            item, picture = self._corpus.items[at], None
+            if item.picture is not None:
+                is_file = isinstance(item.picture, PictureFile)
+                picture = str(Path(item.picture.name).absolute()) if is_file else item.picture.name
+            content = _hex(self.keys_n[position])
+            yield Entry(number, self._corpus.ids[at], item.text, picture, content)
+
+
+class _New:
+    """The part of a corpus that is not in an index yet; items are made when they are asked for."""
+
+    def __init__(self, corpus: Corpus, there: Mapping[str, Entry]) -> None:
+        self.skipped = corpus.skipped
+        self.ids: list[str] = []
+        positions = []
+        for position, name in enumerate(corpus.ids):
+            if name not in there:
+                self.ids.append(name)
+                positions.append(position)
+            elif not corpus.items[position].content_hash().startswith(there[name].content):
+                raise UserError(
+                    f"{name!r}: in the index with another content; remove it first, or give the "
+                    "new item another id"
+                )
+        self.items = _At(corpus.items, positions)
+
+
+class _At(Sequence[Item]):
+    """The items at some positions."""
+
+    def __init__(self, items: Sequence[Item], positions: Sequence[int]) -> None:
+        self._items, self._positions = items, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return _At(self._items, self._positions[at])
+        return self._items[self._positions[at]]
+
+
+def _hex(key: bytes) -> str:
+    return bytes(key).ljust(KEY.itemsize, b"\0").hex()

@@ -1,0 +1,1 @@
+"""Retrieval tasks and corpora from the files that people have."""

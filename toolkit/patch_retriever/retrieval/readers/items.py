@@ -1,0 +1,103 @@
+"""A corpus to encode or to index, from whatever a user keeps it in."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+from patch_retriever.errors import UserError
+from patch_retriever.items import Item
+from patch_retriever.retrieval.readers.rows import IMAGE_COLUMNS, Reading, Row, Source
+from patch_retriever.retrieval.readers.sources import open_source
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Items by their ids, and one line for every bad row that was left out.
+
+    `items` makes an item when it is asked for one, so that a corpus stays on disk.
+    """
+
+    ids: Sequence[str]
+    items: Sequence[Item]
+    skipped: tuple[str, ...] = ()
+
+
+def read_corpus(
+    source: str | Path,
+    skip_bad: bool = False,
+    allow_urls: bool = False,
+    images: Path | None = None,
+) -> Corpus:
+    """Items from a folder or a file; no picture is opened yet.
+
+    Args:
+        source: a folder of pictures (ids are their paths in it), or rows of a text, a picture or
+            both, perhaps with an id, in whatever `open_source` opens. An address in a column `url`
+            says where a row comes from and is no picture.
+        skip_bad: leave out rows that are neither, instead of stopping at the first.
+        allow_urls: download pictures that are named by an address.
+        images: where relative paths of pictures start, if not beside the file.
+
+    Raises:
+        UserError: there is nothing, a row holds no item, or two rows have the same id.
+    """
+    columns = tuple(name for name in IMAGE_COLUMNS if name != "url")
+    reading = Reading(image_columns=columns, images=images, allow_urls=allow_urls)
+    if not str(source).startswith("datasets:") and not Path(source).exists():
+        raise UserError(f"{source}: cannot be read (no such file or folder)")
+    opened = open_source(str(source), reading, texts_beside=False)
+    keys = array("q")
+    ids: dict[str, None] = {}
+    skipped: list[str] = []
+    for row in opened.rows():
+        try:
+            _item(row)
+            if row.id in ids:
+                raise UserError(f"{row.where}: the id {row.id!r} is taken; an id may come once")
+        except UserError as error:
+            if not skip_bad:
+                raise
+            skipped.append(str(error))
+        else:
+            ids[row.id] = None
+            keys.append(row.key)
+    if not keys:
+        raise UserError(f'{source}: empty; pictures, or rows with "text" or "image" expected')
+    return Corpus(tuple(ids), _Items(opened, keys), tuple(skipped))
+
+
+class _Items(Sequence[Item]):
+    """Items of a source by the keys of their rows."""
+
+    def __init__(self, source: Source, keys: array[int]) -> None:
+        self._source, self._keys = source, keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        if isinstance(index, slice):
+            return _Items(self._source, self._keys[index])
+        return _item(self._source.row(self._keys[index]))
+
+
+def _item(row: Row) -> Item:
+    if row.fault:
+        raise UserError(row.fault)
+    if (
+        not isinstance(row.text, str | None)
+        or row.unusable not in (None, "")
+        or not (row.text or row.picture)
+    ):
+        raise UserError(f'{row.where}: "text", "image" or both expected, as strings')
+    return Item(row.text or None, row.picture)
