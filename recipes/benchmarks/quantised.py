@@ -3,20 +3,21 @@
     python recipes/benchmarks/quantised.py --model demo --model demo-paper --store DIR
     python recipes/benchmarks/quantised.py --quick       # a small build and gallery, a minute
 
-The built-in world scaled up: captions ask for pictures among 100,000, near misses among them, and for
-pictures and captions in one pool. Every model is a folder that `build` made, and stands three times:
-its base (backbone and readout), the base with asking captions, captions and pictures each centred by
-their own mean (nothing but the gap closed; means of the calibration split), and the exported patch. Each index holds the same vectors; its recall is the share of
-the ten that exact search finds which it finds too. Codes have the same number of bytes for all models.
-Differences to the base come with their paired 95% interval over queries.
+The built-in world scaled up: captions ask for pictures among 50,000, near misses among them, and
+for pictures and captions in one pool. Every model is a folder that `build` made, and stands three
+times: its base (backbone and readout), the base with asking captions, captions and pictures each
+centred by their own mean (nothing but the gap closed; means of the calibration split), and the
+exported patch. Each index holds the same vectors; its recall is the share of the ten that exact
+search finds which it finds too. Codes have the same number of bytes for all models. Differences to
+the base come with their paired 95% interval over queries.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,20 +66,58 @@ def indexes(n: int, dimension: int, code_bytes: int) -> list[Index]:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Queries and candidates as item numbers, and which candidates answer each query."""
+class World:
+    """Captions that ask (the first `n_queries` items), pictures, and captions of every second
+    scene; and for each query the numbers of the scenes that it is true of."""
 
-    name: str
-    queries: list[int]
-    candidates: list[int]
+    items: tuple[Any, ...]
+    n_queries: int
+    n_scenes: int
     relevant: list[set[int]]
-    """Positions among the candidates."""
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """What every item is, its number in `GROUPS`."""
+        captions = len(self.items) - self.n_queries - self.n_scenes
+        return np.repeat(np.arange(3), [self.n_queries, self.n_scenes, captions])
+
+    def pools(self) -> dict[str, NDArray[np.int64]]:
+        """Item numbers of the candidates, scene by scene: pictures alone; every second scene as
+        its caption instead."""
+        pictures = self.n_queries + np.arange(self.n_scenes)
+        mixed = pictures.copy()
+        mixed[1::2] = np.arange(self.n_queries + self.n_scenes, len(self.items))
+        return {"captions for pictures": pictures, "captions for pictures and captions": mixed}
+
+
+def draw(split: str, n_scenes: int, n_queries: int) -> World:
+    """Scenes of a split: those asked about, a near miss of each where there is one, and others."""
+    from patch_retriever.items import Item
+    from patch_retriever.scenes.language import caption
+    from patch_retriever.scenes.tasks import Relevance, ScenePicture
+    from patch_retriever.scenes.world import near_misses, sample_scene
+
+    rng = random.Random(split)
+    asked = list(dict.fromkeys(sample_scene(rng, split) for _ in range(2 * n_queries)))[:n_queries]
+    near = [rng.choice(found) for scene in asked if (found := near_misses(scene, split))]
+    seen = dict.fromkeys([*asked, *near])
+    while len(seen) < n_scenes:
+        seen[sample_scene(rng, split)] = None
+    scenes = list(seen)[:n_scenes]
+    rng.shuffle(scenes)
+    said = [caption(rng, scene, "web") for scene in asked]
+    relevance = Relevance(scenes)
+    items = [Item(query.text) for query in said]
+    items += [Item(picture=ScenePicture(scene)) for scene in scenes]
+    items += [Item(caption(rng, scene, "full").text) for scene in scenes[1::2]]
+    relevant = [set(relevance.of_caption(query)) for query in said]
+    return World(tuple(items), len(asked), len(scenes), relevant)
 
 
 @click.command()
 @click.option("--model", "models", multiple=True, help="A folder that `build` made.")
 @click.option("--store", type=click.Path(path_type=Path), help="Keep embeddings here.")
-@click.option("--candidates", default=100_000, show_default=True, help="Pictures in the gallery.")
+@click.option("--candidates", default=50_000, show_default=True, help="Pictures in the gallery.")
 @click.option("--queries", default=2_000, show_default=True, help="Captions that ask.")
 @click.option("--code-bytes", default=32, show_default=True, help="Of a product-quantised vector.")
 @click.option("--threads", default=2, show_default=True, help="Of torch and FAISS.")
@@ -113,9 +152,9 @@ def main(
             report.say(f"{Path(model).name}, {pool}", "")
             report.say(*show(result), "")
     settings = {"candidates": candidates, "queries": queries, "code_bytes": code_bytes, "k": K}
-    settings |= {"quick": quick, "faiss": faiss.__version__}
+    versions = {"quick": quick, "faiss": faiss.__version__}
     named = {Path(model).name: pools for model, pools in found.items()}
-    report.finish({"models": named, "settings": settings, **machine(threads)})
+    report.finish({"models": named, "settings": settings | versions, **machine(threads)})
 
 
 def _build(root: Path, quick: bool, report: Report) -> str:
@@ -138,92 +177,51 @@ def measure(
     """Figures of one build for both pools."""
     from patch_retriever.retrieval.encoder import BASE as AT_BASE
     from patch_retriever.retrieval.encoder import load_encoder
-    from patch_retriever.scenes.tasks import scenes_collection
 
     report.progress(f"drawing {n_candidates:,} scenes")
-    collection = scenes_collection("test", max(n_queries, -(-n_candidates // 3)), 0)
-    calibration = scenes_collection("calibration", 500 if n_candidates > 5_000 else 40, 0)
-    pools = list(_pools(collection, n_candidates, n_queries))
-    needed = sorted({i for pool in pools for i in (*pool.queries, *pool.candidates)})
-    row = {item: at for at, item in enumerate(needed)}
-    items = [collection.items[i] for i in needed]
-    groups = _groups(collection, needed)
-
-    variants: dict[str, Any] = {}
+    world = draw("test", n_candidates, n_queries)
+    known = draw("calibration", min(1_500, n_candidates), min(500, n_queries))
     base = load_encoder(f"{model}{AT_BASE}")
-    as_base_nd = _embedded(base, items, root, report)
-    known_nd = _embedded(base, list(calibration.items), root, report)["document"]
-    known_groups = _groups(calibration, range(len(calibration.items)))
-    means = [known_nd[known_groups == g].mean(0) for g in range(len(GROUPS))]
-    variants[BASE] = as_base_nd
-    # unit vectors are centred here, as one would do it to an index that is there already
-    variants[CENTRED] = {
-        role: _unit(vectors_nd - np.stack([means[g] for g in groups]))
-        for role, vectors_nd in as_base_nd.items()
+    as_base = _embedded(base, world, root, report)
+    known_base = _embedded(base, known, root, report)
+    means = np.stack([known_base[known.groups == g].mean(0) for g in range(len(GROUPS))])
+    variants = {
+        BASE: as_base,
+        # of unit vectors: what one would do to an index that is there already
+        CENTRED: _unit(as_base - means[world.groups]),
+        PATCHED: _embedded(load_encoder(model), world, root, report),
     }
-    variants[PATCHED] = _embedded(load_encoder(model), items, root, report)
     found: dict[str, Any] = {}
-    for pool in pools:
-        asked, there = ([row[i] for i in part] for part in (pool.queries, pool.candidates))
-        found[pool.name] = {}
+    for pool, candidates in world.pools().items():
+        found[pool] = {}
         outcomes: dict[str, dict[str, NDArray[np.float64]]] = {}
-        for name, vectors in variants.items():
-            report.progress(f"{pool.name}: {name}")
-            figures, outcomes[name] = judge(
-                vectors["query"][asked], vectors["document"][there], pool.relevant, code_bytes
-            )
-            figures["gap"] = _gap(vectors["query"][asked], vectors["document"][there])
-            found[pool.name][name] = figures
+        for name, vectors_nd in variants.items():
+            report.progress(f"{pool}: {name}")
+            sides = vectors_nd[: world.n_queries], vectors_nd[candidates]
+            figures, outcomes[name] = judge(*sides, world.relevant, code_bytes)
+            found[pool][name] = {**figures, "gap": _gap(*sides)}
         for name in (CENTRED, PATCHED):
             for index, per_query in outcomes[name].items():
-                found[pool.name][name]["indexes"][index]["recall_minus_base"] = _interval(
+                found[pool][name]["indexes"][index]["recall_minus_base"] = _interval(
                     per_query - outcomes[BASE][index]
                 )
     return found
 
 
-def _pools(collection: Any, n_candidates: int, n_queries: int) -> Iterator[Pool]:
-    """Captions for pictures; and for pictures and captions in one pool."""
-    tasks = {task.name: task for task in collection.tasks}
-    pictures = tasks["t->i web"]
-    positions = range(min(n_candidates, len(pictures.documents)))
-    inside = set(positions)
-    asked = [
-        (query, {r for r in relevant if r in inside})
-        for query, relevant in zip(pictures.queries, pictures.relevant, strict=True)
-    ]
-    asked = [(query, relevant) for query, relevant in asked if relevant][:n_queries]
-    documents = [pictures.documents[p] for p in positions]
-    queries, relevant = [q for q, _ in asked], [r for _, r in asked]
-    yield Pool("captions for pictures", queries, documents, relevant)
-    # every second scene stands as its caption instead of its picture
-    captions = tasks["i->t"].documents
-    mixed = [(documents[p], captions[p])[p % 2] for p in positions]
-    yield Pool("captions for pictures and captions", queries, mixed, relevant)
-
-
-def _groups(collection: Any, items: Sequence[int]) -> NDArray[np.int64]:
-    """What each item is in these pools: its number in `GROUPS`, or -1."""
-    tasks = {task.name: task for task in collection.tasks}
-    members = (tasks["t->i web"].queries, tasks["t->i web"].documents, tasks["i->t"].documents)
-    group = {item: g for g, numbers in enumerate(members) for item in numbers}
-    return np.array([group.get(item, -1) for item in items])
-
-
-def _embedded(encoder: Any, items: list[Any], root: Path, report: Report) -> dict[str, Any]:
-    """Unit vectors of items as queries and as documents, kept under `root`."""
+def _embedded(encoder: Any, world: World, root: Path, report: Report) -> NDArray[np.float32]:
+    """Unit vectors of a world's items, queries as queries and the rest as documents."""
     from patch_retriever.retrieval.embeddings import embed_items, open_store, read_vectors
 
-    vectors = {}
-    for role in ("query", "document"):
+    parts: list[NDArray[np.float32]] = []
+    n = world.n_queries
+    for role, items in (("query", world.items[:n]), ("document", world.items[n:])):
         with open_store(root / "embeddings", encoder, role) as kept:  # type: ignore[arg-type]
             done = embed_items(encoder, items, role, kept)  # type: ignore[arg-type]
             if done.encoded:
                 rate = done.encoded / done.seconds
                 report.progress(f"encoded {done.encoded:,} items, {rate:.0f} a second")
-            parts = read_vectors(encoder, role, kept, done.keys_n)  # type: ignore[arg-type]
-            vectors[role] = np.concatenate(list(parts))
-    return vectors
+            parts += read_vectors(encoder, role, kept, done.keys_n)  # type: ignore[arg-type]
+    return np.concatenate(parts)
 
 
 def judge(
