@@ -208,12 +208,16 @@ def _settle(index: faiss.Index) -> None:
     """No page of warnings where a sample is small (k-means says one for every part), and no
     polysemous training of product quantizers: it permutes codes for a Hamming filter that is not
     used here, finds nothing more, and takes hundreds of times as long as the rest."""
-    for part in (_ivf(index), _inner(index)):
-        for trained in (part, getattr(part, "pq", None)):
-            if hasattr(trained, "cp"):
-                trained.cp.min_points_per_centroid = 1
-        if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False
+    faiss = import_faiss()
+    part: Any = _inner(index)
+    if isinstance(part, faiss.IndexPreTransform):
+        part = faiss.downcast_index(part.index)
+    trained: Any
+    for trained in (part, getattr(part, "pq", None)):
+        if hasattr(trained, "cp"):
+            trained.cp.min_points_per_centroid = 1
+    if hasattr(part, "do_polysemous_training"):
+        part.do_polysemous_training = False
 
 
 def _keeps_numbers(index: Any) -> bool:
