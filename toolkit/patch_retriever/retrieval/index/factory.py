@@ -71,7 +71,7 @@ def new_index(factory: str, dimension: int) -> faiss.Index:
             f"index {factory!r}: FAISS makes no index of {dimension} dimensions from it "
             f"({_reason(error)}); give {', '.join(NAMES)} or a FAISS factory string"
         ) from None
-    _quieten(index)
+    _settle(index)
     if not isinstance(index, faiss.IndexIDMap) and not _keeps_numbers(index):
         index = faiss.IndexIDMap(index)
     return index
@@ -198,16 +198,26 @@ def _inner(index: faiss.Index) -> Any:
 
 
 def _ivf(index: faiss.Index) -> Any:
-    return import_faiss().try_extract_index_ivf(index)
+    """The inverted lists inside an index, as their own class; None if it has none."""
+    faiss = import_faiss()
+    found = faiss.try_extract_index_ivf(index)
+    return None if found is None else faiss.downcast_index(found)
 
 
-def _quieten(index: faiss.Index) -> None:
-    """No page of warnings where a sample is small: k-means says one for every part."""
-    for part in (_ivf(index), import_faiss().downcast_index(index)):
-        for trained in (part, getattr(part, "pq", None)):
-            clustering = getattr(trained, "cp", None)
-            if clustering is not None:
-                clustering.min_points_per_centroid = 1
+def _settle(index: faiss.Index) -> None:
+    """No page of warnings where a sample is small (k-means says one for every part), and no
+    polysemous training of product quantizers: it permutes codes for a Hamming filter that is not
+    used here, finds nothing more, and takes hundreds of times as long as the rest."""
+    faiss = import_faiss()
+    part: Any = _inner(index)
+    if isinstance(part, faiss.IndexPreTransform):
+        part = faiss.downcast_index(part.index)
+    trained: Any
+    for trained in (part, getattr(part, "pq", None)):
+        if hasattr(trained, "cp"):
+            trained.cp.min_points_per_centroid = 1
+    if hasattr(part, "do_polysemous_training"):
+        part.do_polysemous_training = False
 
 
 def _keeps_numbers(index: Any) -> bool:
