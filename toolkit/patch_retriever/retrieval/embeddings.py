@@ -61,8 +61,12 @@ class EmbeddingStore:
             raise UserError(
                 f"{folder}: another process is writing here; wait for it or name another folder"
             ) from None
+        self._sorted_keys = np.zeros(0, KEY)
+        self._shard_n, self._row_n = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._vectors: list[NDArray[np.float32]] = []
         self._shards = [shard for shard in self._listed() if self._is_whole(shard, say)]
-        self._look_up()
+        for shard in self._shards:
+            self._remember(shard)
 
     def __enter__(self) -> EmbeddingStore:
         return self
@@ -100,19 +104,18 @@ class EmbeddingStore:
                 return False
         return True
 
-    def _look_up(self) -> None:
-        """Where every key's row is: shard and row, by sorted keys."""
-        keys = [
-            np.load(self.folder / f"{s['name']}.keys.npy").view(KEY)[:, 0] for s in self._shards
-        ]
-        all_keys = np.concatenate([*keys, np.zeros(0, KEY)])
-        shard_n = np.repeat(np.arange(len(keys)), [len(k) for k in keys])
-        row_n = np.concatenate([*(np.arange(len(k)) for k in keys), np.zeros(0, int)])
-        self._sorted_keys, first = np.unique(all_keys, return_index=True)
-        self._shard_n, self._row_n = shard_n[first], row_n[first]
-        self._vectors = [
-            np.load(self.folder / f"{s['name']}.vectors.npy", mmap_mode="r") for s in self._shards
-        ]
+    def _remember(self, shard: dict[str, Any]) -> None:
+        """Know where the rows of a shard are: shard and row of every key, by sorted keys."""
+        keys_n = np.load(self.folder / f"{shard['name']}.keys.npy").view(KEY)[:, 0]
+        number = len(self._vectors)
+        path = self.folder / f"{shard['name']}.vectors.npy"
+        self._vectors.append(np.load(path, mmap_mode="r"))
+        keys = np.concatenate([self._sorted_keys, keys_n])
+        shard_n = np.concatenate([self._shard_n, np.full(len(keys_n), number)])
+        row_n = np.concatenate([self._row_n, np.arange(len(keys_n))])
+        order = np.argsort(keys, kind="stable")  # what was sorted before costs next to nothing
+        self._sorted_keys = keys[order]
+        self._shard_n, self._row_n = shard_n[order], row_n[order]
 
     def has(self, keys_n: NDArray[Any]) -> NDArray[np.bool_]:
         """Which keys have a vector on disk."""
@@ -154,7 +157,7 @@ class EmbeddingStore:
         values = {"format": FORMAT, "key": self.key, "width": self.width, "shards": self._shards}
         write_json(self.folder / MANIFEST, values)
         self._waiting.clear()
-        self._look_up()
+        self._remember(self._shards[-1])
 
     def read(self, keys_n: NDArray[Any]) -> NDArray[np.float32]:
         """Vectors (n, w) of keys that are there.
