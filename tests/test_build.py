@@ -168,11 +168,8 @@ def run_python(code: str, *args: str) -> str:
 
 WITHOUT_US = """
 import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("patch_retriever", "nnsight", "faiss"):
-            raise ImportError(name + " is not there")
-sys.meta_path.insert(0, Blocked())
+for name in ("patch_retriever", "nnsight", "faiss"):
+    sys.modules[name] = None  # as if it were not installed, to `import` and to `find_spec`
 import numpy as np
 from PIL import Image
 from sentence_transformers import SentenceTransformer

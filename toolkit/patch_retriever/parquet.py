@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WINDOW = 32 * 2**20
 """Bytes of a window, uncompressed; a row group that is smaller is one window."""
+MOST_ROWS = 2**16
+"""Rows of a window, however small they are."""
 
 
 class Turn:
@@ -95,7 +97,7 @@ class ParquetRows:
         rows = max(1, WINDOW * about.num_rows // max(1, sum(sizes)))
         with open_parquet(self.path) as file:
             yield from file.iter_batches(
-                min(rows, about.num_rows), row_groups=[group], columns=list(self.columns)
+                min(rows, MOST_ROWS), row_groups=[group], columns=list(self.columns)
             )
 
     def missing(self) -> Iterator[bool]:
@@ -106,8 +108,10 @@ class ParquetRows:
         """
         for group in range(self._about.num_row_groups):
             about = self._about.row_group(group)
-            (leaf,) = self._leaves(about)
-            statistics = about.column(leaf).statistics
+            leaves = [about.column(i) for i in self._leaves(about)]
+            if [leaf.num_values for leaf in leaves] != [about.num_rows]:
+                raise UserError(f"{self.path}: cannot be read as Parquet (damaged footer)")
+            statistics = leaves[0].statistics
             nulls = None if statistics is None else statistics.null_count
             if nulls in (0, about.num_rows):
                 yield from [bool(nulls)] * about.num_rows
@@ -130,7 +134,11 @@ class ParquetRows:
     @cached_property
     def _about(self) -> pq.FileMetaData:
         with open_parquet(self.path) as file:
-            return file.metadata
+            about = file.metadata
+        groups = range(about.num_row_groups)
+        if about.num_rows != sum(about.row_group(i).num_rows for i in groups):
+            raise UserError(f"{self.path}: cannot be read as Parquet (damaged footer)")
+        return about
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -188,6 +196,6 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names not in UTF-8
         reason = first_line(error)
         raise UserError(f"{path}: cannot be read as Parquet ({reason})") from None

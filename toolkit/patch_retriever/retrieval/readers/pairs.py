@@ -60,7 +60,7 @@ def read_pairs(
     skipped: list[str] = []
     for row in progress(rows, len(rows)):
         try:
-            pairs.extend(_checked(row))
+            pairs.extend(_checked(row, reading))
         except UserError as error:
             if not skip_bad:
                 raise UserError(f"{error}; mend it or pass --skip-bad") from None
@@ -74,15 +74,15 @@ def read_pairs(
     return PairsRead(tuple(pairs), tuple(skipped))
 
 
-def _checked(row: Row) -> Iterator[Pair]:
+def _checked(row: Row, reading: Reading) -> Iterator[Pair]:
     """The pairs of a row, one for each of its texts."""
     if row.fault:
         raise UserError(row.fault)
     if row.picture is None:
-        raise UserError(f"{row.where}: no image")
+        raise UserError(f"{row.where}: no image (under {', '.join(reading.image_columns)})")
     texts = row.text if isinstance(row.text, list) else [row.text]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{row.where}: no text")
+        raise UserError(f"{row.where}: no text (under {', '.join(reading.text_columns)})")
     try:
         row.picture.open()
         content = row.picture.content_hash()

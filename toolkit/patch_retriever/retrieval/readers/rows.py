@@ -103,7 +103,7 @@ class Reading:
         if found.image is None and found.text is None:
             raise UserError(
                 f"{where}: no column for pictures ({', '.join(self.image_columns)}) or texts "
-                f"({', '.join(self.text_columns)}); there are {', '.join(names)}"
+                f"({', '.join(self.text_columns)}); there are {' '.join(', '.join(names).split())}"
             )
         return found
 
