@@ -122,7 +122,8 @@ def test_a_search_in_parts_is_a_sort_of_all_with_ties_cut_by_the_order(monkeypat
     expected = [np.lexsort((order_n, -row))[:k] for row in scores_qn]
     for queries, candidates in ((1000, 10_000), (10, 200), (5, 100)):
         monkeypatch.setattr(ranking, "_QUERIES", queries)
-        monkeypatch.setattr(ranking, "_CANDIDATES", candidates)
+        monkeypatch.setattr(ranking, "_ROWS", queries // 2)
+        monkeypatch.setattr(ranking, "_CANDIDATE_BYTES", candidates * 3 * 4)
         found = search_exactly(queries_qd, candidates_nd, k, order_n)
         np.testing.assert_array_equal(found.found_qk, expected)
         np.testing.assert_array_equal(
@@ -156,7 +157,7 @@ def test_deeper_than_the_ranking_nothing_more_is_found():
 def test_vectors_that_are_no_numbers_find_nothing(monkeypatch):
     broken = np.full((200, 2), np.nan, dtype=np.float32)
     for candidates in (1000, 50):
-        monkeypatch.setattr(ranking, "_CANDIDATES", candidates)
+        monkeypatch.setattr(ranking, "_CANDIDATE_BYTES", candidates * 2 * 4)
         assert (search_exactly(broken[:3], broken, 5).found_qk == NOTHING).all()
 
 
