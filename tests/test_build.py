@@ -232,33 +232,37 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from patch_retriever import build_retriever
-scenes, sae = json.loads(sys.argv[3])
-build_retriever(sys.argv[1], model=sys.argv[2], scenes=scenes, sae=sae)
+build_retriever(sys.argv[1], model=sys.argv[2], **json.loads(sys.argv[3]))
 """
 
 
-def start_build(out: Path, model: Path) -> subprocess.Popen[str]:
-    settings = json.dumps([SMALL_SCENES, SMALL_SAE])
+def start_build(out: Path, model: Path, **settings: object) -> subprocess.Popen[str]:
+    settings = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, **settings}
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(out), str(model), settings],
+        [sys.executable, "-c", COMMAND, str(out), str(model), json.dumps(settings)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
+def kill_in(stage: str, out: Path, model: Path, **settings: object) -> None:
+    """Start a build and kill it as soon as it works on `stage`."""
+    process = start_build(out, model, **settings)
+    deadline = time.monotonic() + 240
+    while not (out / "run" / stage).is_dir():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "modules.json").exists()  # half-published does not load
+
+
 def test_killed_in_every_stage_it_resumes_to_the_same_bytes(finished_build, random_model, tmp_path):
     out = tmp_path / "out"
     for stage in STAGES:
-        process = start_build(out, random_model)
-        deadline = time.monotonic() + 240
-        while not (out / "run" / stage).is_dir():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (out / "modules.json").exists()  # half-published does not load
+        kill_in(stage, out, random_model)
     process = start_build(out, random_model)
     assert process.wait() == 0, process.stderr.read()
     assert patch_bytes(out) == patch_bytes(finished_build)
@@ -288,6 +292,27 @@ def test_own_photos_go_through_from_pairs_to_export(photo_folder, random_model, 
     )
     assert set(result.report["queries"]) == {"t->i", "i->t"}
     assert (tmp_path / "out/modules.json").is_file()
+
+
+def test_photos_in_one_file_survive_a_kill_and_give_what_the_photos_themselves_give(
+    photo_folder, random_model, tmp_path_factory
+):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in (photo_folder / "pairs.jsonl").read_text().splitlines()]
+    images = [(photo_folder / row["image"]).read_bytes() for row in rows]
+    table = pa.table({"image": images, "caption": [row["text"] for row in rows]})
+    folder = tmp_path_factory.mktemp("stored")
+    pq.write_table(table, folder / "photos.parquet", row_group_size=9)
+    settings = {"pairs": str(folder / "photos.parquet"), "sae": SMALL_SAE}
+    kill_in("collect", folder / "out", random_model, **settings)
+    build_retriever(folder / "out", model=str(random_model), **settings)
+    settings["pairs"] = str(photo_folder)
+    build_retriever(folder / "expected", model=str(random_model), **settings)
+    assert patch_bytes(folder / "out") == patch_bytes(folder / "expected")
+    tables = [(folder / out / "report/table.json").read_bytes() for out in ("out", "expected")]
+    assert tables[0] == tables[1]
 
 
 def test_python_example_of_the_readme_runs(photo_folder, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from patch_retriever.cli import main
 
 COMMANDS = sorted(main.commands)
 HEAVY = ("torch", "transformers", "sentence_transformers", "faiss", "nnsight", "peft", "sklearn")
+HEAVY += ("datasets", "mteb")
 
 
 def shown(*args: str) -> str:
@@ -42,7 +43,12 @@ def test_the_commands_are_those_of_the_docs():
         "encode",
         "evaluate",
         "explain",
+        "index",
+        "index-migrate",
+        "index-remove",
         "info",
+        "mteb",
+        "search",
         "train-sae",
     ]
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 from setuptools import Distribution
-from test_pictures import opened
+from test_report_pictures import opened
 from wild import ATTACK, report_again
 
 from patch_retriever.report.page import summary

@@ -34,7 +34,7 @@ def load(location: str) -> Any:
     try:
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(name)
-        elif Path(name).exists():
+        elif name and Path(name).exists():
             loaded = datasets.load_dataset(str(Path(name)), split=split)
         else:
             repository, config = _repository(name)
@@ -55,15 +55,19 @@ def load(location: str) -> Any:
         if split is not None and split not in loaded:
             raise UserError(f"{DATASETS}{location}: has only the splits {', '.join(loaded)}")
         loaded = loaded[split or next(iter(loaded))]
+    elif split is not None and loaded.split is not None and str(loaded.split) != split:
+        raise UserError(f"{DATASETS}{location}: is the split {loaded.split}, not {split}")
     return loaded.with_format("arrow")
 
 
 def parts(location: str) -> tuple[str, str | None]:
     """The name of a dataset, and its split if one is named."""
-    name, colon, split = location.rpartition(":")
-    if not colon or Path(location).exists():
+    if Path(location).exists():
         return location, None
-    return name, split
+    colons = (i for i, letter in enumerate(location) if letter == ":")
+    local = (i for i in colons if Path(location[:i]).exists())
+    end = next(local, location.find(":"))  # a split may hold colons (train[:10]), a folder, too
+    return (location, None) if end < 0 else (location[:end], location[end + 1 :])
 
 
 def lasting(location: str) -> str:

@@ -20,6 +20,20 @@ WINDOW = 32 * 2**20
 """Bytes of a window, uncompressed; a row group that is smaller is one window."""
 
 
+class Turn:
+    """Whose turn it is to be open: of the files that share one, only the last that was read holds
+    a window of rows and is open."""
+
+    def __init__(self) -> None:
+        self._holder: ParquetRows | None = None
+
+    def take(self, holder: ParquetRows) -> None:
+        """Close the one before."""
+        if self._holder is not None and self._holder is not holder:
+            self._holder.close()
+        self._holder = holder
+
+
 class ParquetRows:
     """Some columns of a Parquet file, or fields of them (`image.bytes`), by the number of a row.
 
@@ -27,15 +41,20 @@ class ParquetRows:
     it reads its row group from the start.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], turn: Turn | None = None) -> None:
         self.path, self.columns = path, tuple(columns)
+        self._turn = turn or Turn()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file and of the rows in memory; reading opens it again."""
         self._window: pa.RecordBatch | None = None
         self._first = 0  # row of the window's first
         self._group = -1
         self._windows: Iterator[pa.RecordBatch] = iter(())
 
     def __len__(self) -> int:
-        return int(self._file.metadata.num_rows)
+        return int(self._about.num_rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """A row as Python values.
@@ -47,10 +66,16 @@ class ParquetRows:
             raise UserError(f"{self.path}: {len(self)} rows, so no row {row}")
         if not self.columns:
             return {}
-        with reading(self.path):
-            while self._window is None or not 0 <= row - self._first < len(self._window):
-                self._move(row)
-            values: dict[str, Any] = self._window.slice(row - self._first, 1).to_pylist()[0]
+        self._turn.take(self)
+        try:
+            with reading(self.path):
+                while self._window is None or not 0 <= row - self._first < len(self._window):
+                    self._move(row)
+                window = self._window.slice(row - self._first, 1)
+        except UserError:
+            self.close()
+            raise
+        values: dict[str, Any] = window.to_pylist()[0]
         return values
 
     def _move(self, row: int) -> None:
@@ -64,29 +89,35 @@ class ParquetRows:
         self._window = next(self._windows)
 
     def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
-        about = self._file.metadata.row_group(group)
+        """The windows of a row group; the file is open as long as they are asked for."""
+        about = self._about.row_group(group)
         sizes = (about.column(i).total_uncompressed_size for i in self._leaves(about))
         rows = max(1, WINDOW * about.num_rows // max(1, sum(sizes)))
-        batches: Iterator[pa.RecordBatch] = self._file.iter_batches(
-            min(rows, about.num_rows), row_groups=[group], columns=list(self.columns)
-        )
-        return batches
+        with open_parquet(self.path) as file:
+            yield from file.iter_batches(
+                min(rows, about.num_rows), row_groups=[group], columns=list(self.columns)
+            )
 
     def missing(self) -> Iterator[bool]:
-        """Whether the only column is null, row by row; statistics say it where they can."""
-        for group in range(self._file.metadata.num_row_groups):
-            about = self._file.metadata.row_group(group)
+        """Whether the only column is null, row by row; statistics say it where they can.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        for group in range(self._about.num_row_groups):
+            about = self._about.row_group(group)
             (leaf,) = self._leaves(about)
             statistics = about.column(leaf).statistics
             nulls = None if statistics is None else statistics.null_count
             if nulls in (0, about.num_rows):
                 yield from [bool(nulls)] * about.num_rows
                 continue
-            for batch in self._batches(group):
-                column = batch.column(0)
-                if "." in self.columns[0]:
-                    column = column.flatten()[0]
-                yield from column.is_null().to_pylist()
+            with reading(self.path):
+                for batch in self._batches(group):
+                    column = batch.column(0)
+                    if "." in self.columns[0]:
+                        column = column.flatten()[0]
+                    yield from column.is_null().to_pylist()
 
     def _leaves(self, about: pq.RowGroupMetaData) -> list[int]:
         paths = (about.column(i).path_in_schema for i in range(about.num_columns))
@@ -97,14 +128,14 @@ class ParquetRows:
         ]
 
     @cached_property
-    def _file(self) -> pq.ParquetFile:
-        return open_parquet(self.path)
+    def _about(self) -> pq.FileMetaData:
+        with open_parquet(self.path) as file:
+            return file.metadata
 
     @cached_property
     def _starts(self) -> list[int]:
-        about = self._file.metadata
-        sizes = (about.row_group(i).num_rows for i in range(about.num_row_groups))
-        return list(accumulate(sizes, initial=0))[:-1]
+        groups = range(self._about.num_row_groups)
+        return list(accumulate((self._about.row_group(i).num_rows for i in groups), initial=0))[:-1]
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -116,7 +147,17 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     with reading(path):
-        return pq.ParquetFile(path, buffer_size=2**20)
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+
+
+def parquet_schema(path: Path) -> pa.Schema:
+    """The columns of a file.
+
+    Raises:
+        UserError: as `open_parquet`.
+    """
+    with open_parquet(path) as file:
+        return file.schema_arrow
 
 
 def picture_fields(kind: pa.DataType) -> tuple[str | None, str | None]:
@@ -147,6 +188,6 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError, StopIteration) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: cannot be read as Parquet ({reason})") from None

@@ -8,6 +8,7 @@ is in there: `shard-0001.tar#img/12.jpg`, `part-0.parquet#image/12` (column and 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from patch_retriever.errors import UserError
 from patch_retriever.hf_datasets import DATASETS, lasting, load
-from patch_retriever.parquet import ParquetRows, open_parquet, picture_fields
+from patch_retriever.parquet import ParquetRows, Turn, parquet_schema, picture_fields
 from patch_retriever.picture_urls import PictureUrl, is_url
 from patch_retriever.pictures import Picture, PictureFile, _Stored
 from patch_retriever.tars import TarMember, tar_members, tar_read
@@ -51,11 +52,12 @@ class TarPicture(_Stored):
 class ParquetColumn:
     """A column of pictures: bytes, or the `{"bytes", "path"}` that `datasets` writes.
 
-    Its pictures share the window of rows that is in memory.
+    Its pictures share the window of rows that is in memory, as do columns of the same `turn`.
     """
 
     path: Path
     column: str
+    turn: Turn = field(default_factory=Turn, repr=False, compare=False)
 
     @cached_property
     def bytes(self) -> ParquetRows:
@@ -64,13 +66,13 @@ class ParquetColumn:
         Raises:
             UserError: the file has no such column, or it holds none.
         """
-        schema = open_parquet(self.path).schema_arrow
+        schema = parquet_schema(self.path)
         if self.column not in schema.names:
             raise UserError(f"{self.path}: no column {self.column!r}")
-        field, _ = picture_fields(schema.field(self.column).type)
-        if field is None:
+        suffix, _ = picture_fields(schema.field(self.column).type)
+        if suffix is None:
             raise UserError(f"{self.path}: the column {self.column!r} does not hold pictures")
-        return ParquetRows(self.path, [self.column + field])
+        return ParquetRows(self.path, [self.column + suffix], self.turn)
 
     def picture(self, row: int) -> ParquetPicture:
         """The picture of a row."""
@@ -153,6 +155,7 @@ class PictureStores:
     def __init__(self) -> None:
         self._tars: dict[str, dict[str, TarMember]] = {}
         self._columns: dict[tuple[str, str], ParquetColumn] = {}
+        self._turn = Turn()
         self._datasets: dict[tuple[str, str], Any] = {}
 
     def picture_at(self, name: str) -> Picture:
@@ -178,14 +181,18 @@ class PictureStores:
 
     def _in_tar(self, name: str, tar: str, within: str) -> Picture:
         if tar not in self._tars:
-            self._tars[tar] = {member.name: member for member in tar_members(Path(tar))}
+            members = self._tars[tar] = {}
+            with suppress(UserError):  # what lies before the damage can be opened
+                members.update((member.name, member) for member in tar_members(Path(tar)))
         if within not in self._tars[tar]:
-            raise UserError(f"{name}: no such member in this tar")
+            raise UserError(f"{name}: no such member in this tar, or it is damaged")
         return TarPicture(Path(tar), self._tars[tar][within])
 
     def _in_parquet(self, name: str, path: str, within: str) -> Picture:
         column, row = _cell(name, within)
-        store = self._columns.setdefault((path, column), ParquetColumn(Path(path), column))
+        store = self._columns.get((path, column))
+        if store is None:
+            store = self._columns[path, column] = ParquetColumn(Path(path), column, self._turn)
         if row >= len(store.bytes):
             raise UserError(f"{name}: {len(store.bytes)} rows, so none with this number")
         return store.picture(row)

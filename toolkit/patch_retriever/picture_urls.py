@@ -6,13 +6,13 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write
-from patch_retriever.pictures import _Stored
+from patch_retriever.pictures import _Stored, decode
 
 LIMIT = 32 * 2**20
 """Bytes of the largest picture that is downloaded."""
@@ -47,7 +47,7 @@ class PictureUrl(_Stored):
         """The bytes, from the cache or the web.
 
         Raises:
-            UserError: it cannot be downloaded, is larger than `LIMIT`, or may not be downloaded.
+            UserError: it cannot or may not be downloaded, is larger than `LIMIT`, or no image.
         """
         kept = cache_folder() / hashlib.sha256(self.url.encode()).hexdigest()
         try:
@@ -56,13 +56,14 @@ class PictureUrl(_Stored):
             pass
         if not self.download:
             raise UserError(f"{self.url}: not downloaded before, and it is not allowed now")
-        request = Request(self.url, headers={"User-Agent": "patch-retriever"})
         try:
+            request = Request(self.url, headers={"User-Agent": "patch-retriever"})
             with urlopen(request, timeout=TIMEOUT) as answer:
                 data: bytes = answer.read(LIMIT + 1)
-        except (OSError, ValueError, URLError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise UserError(f"{self.url}: cannot be downloaded ({first_line(error)})") from None
         if len(data) > LIMIT:
             raise UserError(f"{self.url}: more than {LIMIT // 2**20} MiB; not downloaded")
+        decode(data, self.name)  # half a picture or an error page is not kept
         write(kept, lambda path: path.write_bytes(data))
         return data

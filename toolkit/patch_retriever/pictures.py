@@ -113,19 +113,26 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
         UserError: it is no image, truncated or absurdly large.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(BytesIO(data)) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # convert() would clip instead of scaling
-                picture = picture.point(lambda value: value / 257, "L")
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
+            return to_rgb(file)
     except UnidentifiedImageError:  # its own words show where in memory the bytes were
         raise UserError(f"{name}: not a readable image (no known format)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: not a readable image ({error})") from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A Pillow image turned as its EXIF orientation says, in RGB (alpha on white)."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # convert() would clip instead of scaling
+        picture = picture.point(lambda value: value / 257, "L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")

@@ -31,6 +31,10 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
                 if member.isreg():
                     yield TarMember(member.name, member.offset_data, member.size)
+        with path.open("rb") as file:  # tarfile takes any bad header but the first for the end
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("cut off or damaged: no end mark where one is due")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (tarfile.TarError, OSError) as error:

@@ -18,6 +18,7 @@ from patch_retriever.cli.evaluate import evaluate
 from patch_retriever.cli.explain import explain
 from patch_retriever.cli.index import index, index_migrate, index_remove
 from patch_retriever.cli.info import info
+from patch_retriever.cli.mteb import mteb
 from patch_retriever.cli.search import search
 from patch_retriever.cli.train_sae import train_sae
 from patch_retriever.errors import UserError
@@ -58,6 +59,7 @@ def main() -> None:
     patch-retriever evaluate my-retriever other/model side by side on held-out tasks
     patch-retriever index photos -m demo -o photos-index
     patch-retriever search photos-index "a red bag"
+    patch-retriever mteb my-retriever --benchmark "MIEB(lite)" -o results
     patch-retriever explain demo "a red star" a.png   one similarity, part by part
     patch-retriever analyze demo -o analysis          the paper's figures and tables about it
     """
@@ -71,6 +73,7 @@ for command in (
     train_sae,
     convert_sae,
     evaluate,
+    mteb,
     encode,
     index,
     index_remove,

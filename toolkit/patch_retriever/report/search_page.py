@@ -10,9 +10,10 @@ import patch_retriever
 from patch_retriever.errors import UserError
 from patch_retriever.files import write_text
 from patch_retriever.items import Item
+from patch_retriever.picture_stores import PictureStores
 from patch_retriever.report.pictures import Shown, show
 from patch_retriever.report.rendering import render
-from patch_retriever.retrieval.answers import Answer
+from patch_retriever.retrieval.answers import Answer, Hit
 from patch_retriever.retrieval.index.search import SavedIndex
 
 SIDE = 224
@@ -31,10 +32,14 @@ def write_search_page(path: Path, index: SavedIndex, answers: Sequence[Answer]) 
     """Write the answers to queries as a page.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or a query's picture cannot be read any more.
     """
+    stores = PictureStores()
     rows = [
-        (_show(answer.query), [_Found(h.rank, h.score, h.id, _show(h.item())) for h in answer.hits])
+        (
+            show(answer.query, SIDE),
+            [_Found(h.rank, h.score, h.id, _show(h, stores)) for h in answer.hits],
+        )
         for answer in answers
     ]
     page = render(
@@ -49,9 +54,10 @@ def write_search_page(path: Path, index: SavedIndex, answers: Sequence[Answer]) 
     write_text(path, page)
 
 
-def _show(item: Item) -> Shown:
-    """An item; a picture that is not there any more by its name."""
+def _show(hit: Hit, stores: PictureStores) -> Shown:
+    """An item; in place of a picture that is not there any more, a line that says so."""
     try:
-        return show(item, SIDE)
+        picture = None if hit.picture is None else stores.picture_at(hit.picture)
+        return show(Item(hit.text, picture), SIDE)
     except UserError as error:
-        return Shown(" · ".join(filter(None, (item.text, str(error)))), None, "")
+        return Shown(" · ".join(filter(None, (hit.text, str(error)))), None, "")

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
 from patch_retriever.retrieval.index.items import Entry
 from patch_retriever.retrieval.index.search import SavedIndex
 
 if TYPE_CHECKING:
-    from patch_retriever.retrieval.encoder import Encoder
+    from patch_retriever.retrieval.encoder import Encoder, Role
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An item that was found."""
+    """An item that was found; `picture` is the name by which `picture_at` opens it."""
 
     rank: int
     score: float
@@ -30,11 +28,6 @@ class Hit:
     def of(cls, rank: int, score: float, entry: Entry) -> Hit:
         """An item of the index, with its rank from 1."""
         return cls(rank, score, entry.id, entry.text, entry.picture)
-
-    def item(self) -> Item:
-        """The item itself; its picture is opened when it is needed."""
-        picture = None if self.picture is None else PictureFile(Path(self.picture))
-        return Item(self.text, picture)
 
 
 @dataclass(frozen=True)
@@ -56,10 +49,17 @@ class Answer:
 
     def to_lines(self) -> list[str]:
         """A table for a terminal: rank, score, id, text."""
-        widest = max((len(hit.id) for hit in self.hits), default=0)
-        rows = ((f"{hit.rank:>4}  {hit.score:.4f}  {hit.id:<{widest}}", hit) for hit in self.hits)
-        lines = [f"{row}  {' '.join((hit.text or '').split())}".rstrip() for row, hit in rows]
-        return lines or ["nothing found"]
+        if not self.hits:
+            return ["nothing found"]
+        rows = [("rank", "score", "id", "text" if any(hit.text for hit in self.hits) else "")]
+        for hit in self.hits:
+            text = " ".join((hit.text or "").split())
+            rows.append((str(hit.rank), f"{hit.score:.4f}", hit.id, text))
+        widest = max(len(name) for _, _, name, _ in rows)
+        return [
+            f"{rank:>4}  {score:>7}  {name:<{widest}}  {text}".rstrip()
+            for rank, score, name, text in rows
+        ]
 
 
 def answer(
@@ -76,7 +76,7 @@ def answer(
     Raises:
         UserError: a query's picture cannot be read, or the index has no such search setting.
     """
-    asked_as = "document" if index.manifest.made_by.role == "query" else "query"
+    asked_as: Role = "document" if index.manifest.made_by.role == "query" else "query"
     queries_qd = encoder.embed(queries, asked_as, batch_size=batch_size)
     scores_qk, numbers_qk = index.search(queries_qd, k, settings)
     entries = index.items.entries(numbers_qk[numbers_qk >= 0].tolist())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +68,20 @@ class Encoder:
     def device(self) -> torch.device:
         """Where it runs."""
         return self._trunk.device
+
+    @property
+    def similarity(self) -> Literal["cosine", "dot"]:
+        """How the model is compared; with "cosine" its vectors have length 1."""
+        return "cosine" if self._unit else "dot"
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest input, in tokens."""
+        return self._trunk.max_seq_length
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the trunk and of the head."""
+        return chain(self._trunk.parameters(), self._head.parameters())
 
     @cached_property
     def dimension(self) -> int:
@@ -284,9 +299,16 @@ def _fingerprint(modules: Iterable[nn.Module]) -> str:
 
 
 def _without_state(path: Path) -> bytes:
-    """A processor's file; a tokenizer also saves how it padded and cut its last batch."""
-    if path.name != "tokenizer.json":
+    """A processor's file; a tokenizer also saves how it padded and cut its last batch, and one
+    that is loaded from such a file says so in its settings."""
+    if path.name not in ("tokenizer.json", "tokenizer_config.json"):
         return path.read_bytes()
     values = json.loads(path.read_text())
-    values["padding"] = values["truncation"] = None
+    if path.name == "tokenizer.json":
+        values["padding"] = values["truncation"] = None
+    for name in ("max_length", "pad_to_multiple_of", "pad_token_type_id", "stride"):
+        values.pop(name, None)
+    values.pop("truncation_strategy", None)
+    for side in ("padding_side", "truncation_side"):
+        values.setdefault(side, "right")
     return json.dumps(values, sort_keys=True).encode()

@@ -43,7 +43,7 @@ class ScenePicture:
         return value_hash(self.name)
 
 
-class _Relevance:
+class Relevance:
     """Which scenes of a gallery a caption is true of (or equal a scene), by an inverted index."""
 
     def __init__(self, gallery: Sequence[Scene]) -> None:
@@ -88,7 +88,7 @@ def scenes_collection(split: str, n: int, seed: int) -> Collection:
     asked = list(near)
     edits = [sample_edit(rng, scene, split) for scene in asked]
     gallery = [*asked, *near.values(), *(edit.target for edit in edits)]
-    relevance = _Relevance(gallery)
+    relevance = Relevance(gallery)
 
     items: list[Item] = []
 

@@ -35,7 +35,6 @@ def factory_string(factory: str, n: int, dimension: int) -> str:
     """
     lists = _lists(n)
     auto = "flat" if n <= EXACT_UP_TO else "ivf" if n <= PLAIN_UP_TO else "ivf-sq8"
-    name = factory.lower()
     return {
         "flat": "Flat",
         "ivf": f"IVF{lists},Flat",
@@ -43,8 +42,8 @@ def factory_string(factory: str, n: int, dimension: int) -> str:
         "hnsw": "HNSW32",
         "ivf-pq": f"IVF{lists},PQ{_parts(dimension)}x8",
         "sq8": "SQ8",
-        "rabitq": "RaBitQ",
-    }.get(auto if name == "auto" else name, factory)
+        "rabitq": f"RR{dimension},RaBitQ",  # a bit a dimension, which all must weigh the same
+    }.get(auto if factory == "auto" else factory, factory)
 
 
 def _lists(n: int) -> int:
@@ -72,7 +71,7 @@ def new_index(factory: str, dimension: int) -> faiss.Index:
             f"--factory {factory!r}: FAISS makes no index of {dimension} dimensions from it "
             f"({_reason(error)}); give {', '.join(NAMES)} or a FAISS factory string"
         ) from None
-    _quieten(index)
+    _settle(index)
     if not isinstance(index, faiss.IndexIDMap) and not _keeps_numbers(index):
         index = faiss.IndexIDMap(index)
     return index
@@ -131,8 +130,11 @@ def set_search(index: faiss.Index, settings: Mapping[str, int]) -> None:
 def reserve(index: faiss.Index, count: int) -> None:
     """Take the room for `count` vectors at once; growing as they come takes up to twice as much."""
     faiss = import_faiss()
-    inner = _inner(index)
-    codes = faiss.downcast_index(inner.storage) if isinstance(inner, faiss.IndexHNSW) else inner
+    codes = _inner(index)
+    if isinstance(codes, faiss.IndexHNSW):
+        codes = faiss.downcast_index(codes.storage)
+    elif isinstance(codes, faiss.IndexPreTransform):
+        codes = faiss.downcast_index(codes.index)
     if isinstance(codes, faiss.IndexFlatCodes):
         held = codes.codes.size()
         codes.codes.resize(held + count * codes.code_size)
@@ -141,15 +143,16 @@ def reserve(index: faiss.Index, count: int) -> None:
 
 def flat_vectors(index: faiss.Index) -> FlatVectors | None:
     """The vectors of an index that holds them whole, in the order of their adding."""
-    inner = _inner(index)
-    return FlatVectors(inner) if isinstance(inner, import_faiss().IndexFlat) else None
+    is_flat = isinstance(_inner(index), import_faiss().IndexFlat)
+    return FlatVectors(index) if is_flat else None
 
 
 class FlatVectors:
     """The vectors (n, d) of a Flat index, read like an array."""
 
-    def __init__(self, index: faiss.IndexFlat) -> None:
-        self._index = index
+    def __init__(self, index: faiss.Index) -> None:
+        self._owner = index  # what is inside dies with it
+        self._index = _inner(index)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -195,16 +198,26 @@ def _inner(index: faiss.Index) -> Any:
 
 
 def _ivf(index: faiss.Index) -> Any:
-    return import_faiss().try_extract_index_ivf(index)
+    """The inverted lists inside an index, as their own class; None if it has none."""
+    faiss = import_faiss()
+    found = faiss.try_extract_index_ivf(index)
+    return None if found is None else faiss.downcast_index(found)
 
 
-def _quieten(index: faiss.Index) -> None:
-    """No page of warnings where a sample is small: k-means says one for every part."""
-    for part in (_ivf(index), import_faiss().downcast_index(index)):
-        for trained in (part, getattr(part, "pq", None)):
-            clustering = getattr(trained, "cp", None)
-            if clustering is not None:
-                clustering.min_points_per_centroid = 1
+def _settle(index: faiss.Index) -> None:
+    """No page of warnings where a sample is small (k-means says one for every part), and no
+    polysemous training of product quantizers: it permutes codes for a Hamming filter that is not
+    used here, finds nothing more, and takes hundreds of times as long as the rest."""
+    faiss = import_faiss()
+    part: Any = _inner(index)
+    if isinstance(part, faiss.IndexPreTransform):
+        part = faiss.downcast_index(part.index)
+    trained: Any
+    for trained in (part, getattr(part, "pq", None)):
+        if hasattr(trained, "cp"):
+            trained.cp.min_points_per_centroid = 1
+    if hasattr(part, "do_polysemous_training"):
+        part.do_polysemous_training = False
 
 
 def _keeps_numbers(index: Any) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
+from patch_retriever.picture_stores import locator
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.retrieval.embeddings import (
     KEY,
@@ -36,7 +37,7 @@ from patch_retriever.retrieval.index.manifest import (
     changing,
     check_parts,
 )
-from patch_retriever.retrieval.index.writing import SHARD_BYTES, begin, grow, read_draft
+from patch_retriever.retrieval.index.writing import build_folder, grow, read_draft
 
 
 class Corpus(Protocol):
@@ -112,8 +113,11 @@ def index_corpus(
             out), the factory does not fit, or the disk is full.
     """
     made_by = MadeBy.of(encoder, options.role)
-    _check_free(folder)
-    with changing(folder), open_store(folder / EMBEDDINGS, encoder, options.role, say=say) as store:
+    _check_free(folder, made_by)
+    with ExitStack() as stack:
+        stack.enter_context(changing(folder, new=True))
+        store = stack.enter_context(open_store(folder / EMBEDDINGS, encoder, options.role, say=say))
+        say(f"encoding {len(corpus.items)} items with {encoder.name}")
         done = embed_items(
             encoder,
             corpus.items,
@@ -127,8 +131,8 @@ def index_corpus(
         if not len(coming):
             raise UserError(f"no usable item among {len(corpus.ids)}; {done.skipped[0]}")
         factory = factory_string(options.factory, len(coming), encoder.dimension)
-        shard_items = options.shard_items or SHARD_BYTES // (4 * encoder.dimension)
-        key = value_hash([made_by.fingerprint, made_by.role, factory, shard_items, coming.digest])
+        how = [made_by.fingerprint, made_by.role, factory, options.shard_items]
+        key = value_hash([how, coming.digest])
         vectors = StoredVectors(encoder, options.role, store, coming.keys_n)
         indexed = Indexed(
             len(coming), len(coming), done.encoded, 0, (*corpus.skipped, *done.skipped)
@@ -136,19 +140,13 @@ def index_corpus(
         if (folder / MANIFEST).is_file():
             there = Manifest.read(folder / MANIFEST)
             if there.key != key:
-                raise UserError(
-                    f"{folder}: holds an index of other items or settings; add to it with --add, "
-                    "or name another folder"
-                )
+                raise UserError(f"{folder}: holds an index of other items or settings; {_INSTEAD}")
             check_parts(folder, there.parts)
             say(f"{folder}: done before")
             return indexed
-        draft = read_draft(folder, key, say)
-        if draft is None:
-            say(f"{factory}: {len(coming)} items of {encoder.dimension} dimensions")
-            d = encoder.dimension
-            draft = begin(folder, key, made_by, vectors, factory, d, shard_items)
-        grow(folder, draft, 0, vectors, coming.entries, say)
+        d, size = encoder.dimension, options.shard_items
+        say(f"{factory}: {len(coming)} items of {d} dimensions")
+        build_folder(folder, key, made_by, vectors, coming.entries, factory, d, size, say)
     if not options.keep_embeddings:
         shutil.rmtree(folder / EMBEDDINGS)
     return indexed
@@ -170,14 +168,17 @@ def add_corpus(
         UserError: another model made the index, an id is there with another content, an item
             cannot be read (with `skip_bad` it is left out), or the disk is full.
     """
-    start = Manifest.read(folder / MANIFEST)
-    start.made_by.check(folder, encoder)
-    role: Role = "query" if start.made_by.role == "query" else "document"
-    check_parts(folder, start.parts)
-    kept = (folder / EMBEDDINGS).is_dir()
-    there = Items(folder, start.shards).find(corpus.ids)
-    new = _New(corpus, there)
-    with changing(folder), open_store(folder / EMBEDDINGS, encoder, role, say=say) as store:
+    with ExitStack() as stack:
+        stack.enter_context(changing(folder))
+        start = Manifest.read(folder / MANIFEST)
+        start.made_by.check(folder, encoder)
+        check_parts(folder, start.parts)
+        there = Items(folder, start.shards).find(corpus.ids)
+        new = _New(corpus, there)
+        kept = (folder / EMBEDDINGS).is_dir()
+        role = cast("Role", start.made_by.role)
+        store = stack.enter_context(open_store(folder / EMBEDDINGS, encoder, role, say=say))
+        say(f"encoding {len(new.items)} items with {encoder.name}")
         done = embed_items(
             encoder,
             new.items,
@@ -205,13 +206,20 @@ def add_corpus(
     return indexed
 
 
-def _check_free(folder: Path) -> None:
-    """Refuse a folder that holds anything but an index."""
+_INSTEAD = "add to it with --add, or name another folder"
+
+
+def _check_free(folder: Path, made_by: MadeBy) -> None:
+    """Refuse a folder that holds anything but an index by the same model, before encoding."""
     if folder.is_file():
         raise UserError(f"{folder}: a file; name a folder to write to")
     ours = (MANIFEST, EMBEDDINGS, "lock")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in ours):
         raise UserError(f"{folder}: not empty and no index; name another folder")
+    if (folder / MANIFEST).is_file():
+        there = Manifest.read(folder / MANIFEST).made_by
+        if there.fingerprint != made_by.fingerprint:
+            raise UserError(f"{folder}: holds an index by {there.model}; name another folder")
 
 
 class _Coming:
@@ -233,10 +241,8 @@ class _Coming:
         """Some of the items, as the index keeps them, numbered from `first`."""
         for number, position in enumerate(positions, first):
             at = int(self._positions[position])
-            item, picture = self._corpus.items[at], None
-            if item.picture is not None:
-                is_file = isinstance(item.picture, PictureFile)
-                picture = str(Path(item.picture.name).absolute()) if is_file else item.picture.name
+            item = self._corpus.items[at]
+            picture = None if item.picture is None else locator(item.picture)
             content = _hex(self.keys_n[position])
             yield Entry(number, self._corpus.ids[at], item.text, picture, content)
 

@@ -81,16 +81,19 @@ class MadeBy:
     @classmethod
     def of(cls, encoder: Encoder, role: Role) -> MadeBy:
         """Of a loaded model."""
-        folder = Path(encoder.name) / "patch"
+        from patch_retriever.retrieval.encoder import BASE
+
+        path = Path(encoder.name.removesuffix(BASE))
+        name = encoder.name.replace(str(path), str(path.absolute()), 1)
+        folder = path / "patch"
         patch, tokens = None, False
-        if folder.is_dir():
+        if folder.is_dir() and not encoder.name.endswith(BASE):
             from patch_retriever.patch.artefact import Patch
 
             patch = value_hash({p.name: file_hash(p) for p in sorted(folder.iterdir())})
             tokens = Patch.load(folder).subtract is not None
-        name = str(Path(encoder.name).absolute()) if Path(encoder.name).exists() else encoder.name
         return cls(
-            name,
+            name if path.exists() else encoder.name,
             encoder.fingerprint,
             encoder.trunk_fingerprint,
             encoder.store_key(role),
@@ -222,14 +225,16 @@ def check_parts(folder: Path, parts: tuple[Part, ...]) -> None:
 
 
 @contextmanager
-def changing(folder: Path) -> Iterator[None]:
-    """The folder for this process alone while it is built or changed.
+def changing(folder: Path, new: bool = False) -> Iterator[None]:
+    """The folder for this process alone while it is changed; a `new` one is made.
 
     Raises:
-        UserError: another process has it, or it cannot be made.
+        UserError: there is none, another process has it, or it cannot be written.
     """
     import fcntl
 
+    if not new and not folder.is_dir():
+        raise UserError(f"{folder}: no index (no such folder)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")

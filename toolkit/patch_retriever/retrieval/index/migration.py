@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,7 +15,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.files import link_or_copy, value_hash, write
 from patch_retriever.progress import Say, silent
 from patch_retriever.retrieval.embeddings import KEY, EmbeddingStore, open_store
-from patch_retriever.retrieval.index.build import Shards, Vectors
+from patch_retriever.retrieval.index.build import CHUNK, Shards, Vectors
 from patch_retriever.retrieval.index.factory import flat_vectors
 from patch_retriever.retrieval.index.indexing import StoredVectors
 from patch_retriever.retrieval.index.items import Items
@@ -27,7 +27,7 @@ from patch_retriever.retrieval.index.manifest import (
     changing,
     check_parts,
 )
-from patch_retriever.retrieval.index.writing import begin, grow, load, read_draft
+from patch_retriever.retrieval.index.writing import build_folder, load
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
@@ -62,9 +62,11 @@ def migrate(folder: Path, encoder: Encoder, out: Path, say: Say = silent) -> int
     if (out / MANIFEST).is_file():
         raise UserError(f"{out}: holds an index; name another folder")
     items = Items(folder, old.shards)
-    with changing(out), _kept_store(folder, encoder, role, out, say) or nullcontext() as store:
+    with changing(out, new=True), ExitStack() as stack:
+        store = _kept_store(folder, encoder, role, out, say)
         vectors: Vectors
         if store is not None:
+            stack.enter_context(store)
             vectors = StoredVectors(encoder, role, store, items.contents().view(KEY))
             if not store.has(vectors.keys_n).all():
                 raise UserError(
@@ -74,12 +76,9 @@ def migrate(folder: Path, encoder: Encoder, out: Path, say: Say = silent) -> int
         else:
             vectors = _FromFlat(folder, old, encoder, role)
         key = value_hash([old.key, made_by.fingerprint])
-        draft = read_draft(out, key, say)
-        if draft is None:
-            draft = begin(
-                out, key, made_by, vectors, old.factory, encoder.dimension, old.shard_items
-            )
-        return grow(out, draft, 0, vectors, items.all, say).count
+        d, size = encoder.dimension, old.shard_items
+        done = build_folder(out, key, made_by, vectors, items.all, old.factory, d, size, say)
+        return done.count
 
 
 def _difference(old: MadeBy, new: MadeBy) -> str:
@@ -118,6 +117,7 @@ class _FromFlat:
         if not old.made_by.normalised:
             raise self._needs_encoding(f"the patch of {old.made_by.model} cannot be taken back")
         self._shards = Shards(cast("list[NDArray[np.float32]]", shards))
+        next(self.rows(range(min(len(self), CHUNK))), None)  # refused before anything is written
 
     def __len__(self) -> int:
         return len(self._shards)

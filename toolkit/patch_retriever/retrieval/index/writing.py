@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write
-from patch_retriever.progress import Say
+from patch_retriever.progress import Say, silent
 from patch_retriever.retrieval.index.build import Vectors, fill, trained_index
 from patch_retriever.retrieval.index.factory import default_search, import_faiss
 from patch_retriever.retrieval.index.items import Entry, ShardItems, batches, write_items
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4 << 30
 """Of whole vectors in a shard, where nothing else is asked for."""
+Entries = Callable[[range, int], Iterator[Entry]]
+"""The items at some positions, numbered from a first number."""
 
 
 def read_draft(folder: Path, key: str, say: Say) -> Manifest | None:
@@ -49,25 +51,35 @@ def read_draft(folder: Path, key: str, say: Say) -> Manifest | None:
     return draft
 
 
-def begin(
+def build_folder(
     folder: Path,
     key: str,
     made_by: MadeBy,
     vectors: Vectors,
+    entries: Entries,
     factory: str,
     dimension: int,
-    shard_items: int,
+    shard_items: int | None = None,
+    say: Say = silent,
 ) -> Manifest:
-    """A draft without items, its index trained; what a run with another key left is deleted.
+    """Index `vectors` in `folder`; a run that was stopped goes on if its `key` was the same.
+
+    Args:
+        factory: a FAISS factory string.
+        shard_items: items in one file at most; by itself what fills 4 GiB with whole vectors.
 
     Raises:
-        UserError: the factory does not fit, or the disk is full.
+        UserError: the factory does not fit, or the disk is full; finished shards stay.
     """
-    clear(folder, keep=())
-    index = trained_index(vectors, factory, dimension)
-    trained = write_index(index, folder / "trained.faiss")
-    search = default_search(index)
-    return Manifest(key, made_by, factory, dimension, shard_items, search, trained, next=0)
+    draft = read_draft(folder, key, say)
+    if draft is None:
+        clear(folder, keep=())
+        index = trained_index(vectors, factory, dimension)
+        trained = write_index(index, folder / "trained.faiss")
+        search = default_search(index)
+        shard_items = shard_items or SHARD_BYTES // (4 * dimension)
+        draft = Manifest(key, made_by, factory, dimension, shard_items, search, trained, next=0)
+    return grow(folder, draft, 0, vectors, entries, say)
 
 
 def grow(
@@ -75,13 +87,12 @@ def grow(
     draft: Manifest,
     begun_with: int,
     vectors: Vectors,
-    entries: Callable[[range, int], Iterator[Entry]],
+    entries: Entries,
     say: Say,
 ) -> Manifest:
     """Add what `draft` lacks of `vectors`, then make it the folder's manifest.
 
-    A last shard with room is filled up. `entries(positions, first)` are the items of some of the
-    vectors, numbered from `first`.
+    A last shard with room is filled up. `entries` are the items of the vectors.
 
     Args:
         begun_with: the number of the first of `vectors`.

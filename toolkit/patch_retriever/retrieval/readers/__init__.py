@@ -13,6 +13,12 @@ FORMATS = {
     "scenes": "scenes.read_scenes",
     "pairs": "pairs.read_pairs_tasks",
     "datasets": "pairs.read_datasets_tasks",
+    "mbeir": "mbeir.read_mbeir",
+    "mmeb": "mmeb.read_mmeb",
+    "karpathy": "karpathy.read_karpathy",
+    "cirr": "cirr.read_cirr",
+    "fashioniq": "fashioniq.read_fashioniq",
+    "mteb": "mteb_tasks.read_mteb",
 }
 """The reader of each format: a function of a location and `ReadOptions` in a module here."""
 
@@ -54,4 +60,6 @@ def _limited(task: RetrievalTask, limit: int | None) -> RetrievalTask:
         query_ids=ids,
         queries=task.queries[:limit],
         qrels={query: task.qrels[query] for query in ids},
+        excluded={query: task.excluded[query] for query in ids if query in task.excluded},
+        pools={query: task.pools[query] for query in ids if query in task.pools},
     )

@@ -60,14 +60,16 @@ class DatasetRows:
 
     @cached_property
     def _table(self) -> Any:
-        table = load(self.location)
-        columns = self.reading.columns(table.column_names, f"{DATASETS}{self.location}")
-        found = (columns.id, columns.text, columns.image)
-        return table.select_columns([name for name in found if name is not None])
+        found = (self._columns.id, self._columns.text, self._columns.image)
+        return self._whole.select_columns([name for name in found if name is not None])
 
     @cached_property
     def _columns(self) -> Columns:
-        return self.reading.columns(self._table.column_names, self.location)
+        return self.reading.columns(self._whole.column_names, f"{DATASETS}{self.location}")
+
+    @cached_property
+    def _whole(self) -> Any:
+        return load(self.location)
 
     @cached_property
     def _pictures(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -31,6 +31,8 @@ def read_corpus(
     skip_bad: bool = False,
     allow_urls: bool = False,
     images: Path | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
 ) -> Corpus:
     """Items from a folder or a file; no picture is opened yet.
 
@@ -41,12 +43,15 @@ def read_corpus(
         skip_bad: leave out rows that are neither, instead of stopping at the first.
         allow_urls: download pictures that are named by an address.
         images: where relative paths of pictures start, if not beside the file.
+        image_column: the column of pictures, where it has none of the names that are known.
+        text_column: the column of texts, likewise.
 
     Raises:
         UserError: there is nothing, a row holds no item, or two rows have the same id.
     """
-    columns = tuple(name for name in IMAGE_COLUMNS if name != "url")
-    reading = Reading(image_columns=columns, images=images, allow_urls=allow_urls)
+    reading = Reading.choose(image_column, text_column, images, allow_urls)
+    if image_column is None:
+        reading = replace(reading, image_columns=tuple(n for n in IMAGE_COLUMNS if n != "url"))
     if not exists(str(source)):
         raise UserError(f"{source}: cannot be read (no such file or folder)")
     opened = open_source(str(source), reading, paired=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from patch_retriever.parquet import ParquetRows, open_parquet, picture_fields
+from patch_retriever.parquet import ParquetRows, Turn, parquet_schema, picture_fields
 from patch_retriever.picture_stores import ParquetColumn
 from patch_retriever.retrieval.readers.rows import Reading, Row
 
@@ -41,9 +41,9 @@ class ParquetFiles:
     @cached_property
     def _files(self) -> list[_File]:
         files: list[_File] = []
-        first = 0
+        first, turns = 0, (Turn(), Turn())
         for path in self.paths:
-            files.append(_File(path, first, self.reading))
+            files.append(_File(path, first, self.reading, *turns))
             first += len(files[-1].records)
         return files
 
@@ -53,21 +53,23 @@ class ParquetFiles:
 
 
 class _File:
-    """One file; `first` is the number of its first row."""
+    """One file; `first` is the number of its first row. Files take turns at being open."""
 
-    def __init__(self, path: Path, first: int, reading: Reading) -> None:
+    def __init__(
+        self, path: Path, first: int, reading: Reading, of_rows: Turn, of_pictures: Turn
+    ) -> None:
         self.path, self.first, self._reading = path, first, reading
-        schema = open_parquet(path).schema_arrow
+        schema = parquet_schema(path)
         columns = reading.columns(schema.names, str(path))
         read = [name for name in (columns.id, columns.text) if name is not None]
         self._pictures: ParquetColumn | None = None
         if columns.image is not None:
             bytes_, paths = picture_fields(schema.field(columns.image).type)
             if bytes_ is not None:
-                self._pictures = ParquetColumn(path, columns.image)
+                self._pictures = ParquetColumn(path, columns.image, of_pictures)
             if paths is not None:
                 read.append(columns.image + paths)
-        self.records = ParquetRows(path, read)
+        self.records = ParquetRows(path, read, of_rows)
 
     def row(self, key: int) -> Row:
         """The row of this number."""

@@ -80,7 +80,8 @@ class Csv(_TextFile):
         """Every record that is not empty; one may go over several lines."""
         with self._open() as file:
             records = self._records(file)
-            next(records, None)  # the header
+            if next(records, None):  # the header
+                self.reading.columns(self._header, str(self.path))
             while True:
                 start, line = file.tell(), records.line_num + 1
                 try:

@@ -87,7 +87,7 @@ def _samples(tar: Path) -> Iterator[_Sample]:
     fault = None
     try:
         for member in tar_members(tar):
-            if named := re.fullmatch(r"((?:.*/)?[^./][^.]*)\.([^/]*)", member.name):
+            if named := re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name):
                 name, part = named[1], named[2].lower()
                 samples.setdefault(name, _Sample(tar, name, {})).parts[part] = member
     except UserError as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from patch_retriever.errors import UserError, first_line
+from patch_retriever.errors import UserError
+from patch_retriever.hub import hub_errors
 
 
 def fetch(source: str, names: list[str], revision: str | None) -> Path:
@@ -29,7 +28,7 @@ def fetch(source: str, names: list[str], revision: str | None) -> Path:
     else:
         wanted = [f"{within}/{file}" if within else file for file in names]
     repository = f"{organisation}/{name}"
-    with _errors(repository):
+    with hub_errors(repository):
         from huggingface_hub import snapshot_download
 
         root = snapshot_download(repository, revision=revision, allow_patterns=wanted)
@@ -42,7 +41,7 @@ def upload(folder: Path, repository: str, names: list[str], private: bool) -> st
     Raises:
         UserError: the hub does not take it.
     """
-    with _errors(repository):
+    with hub_errors(repository):
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -54,40 +53,3 @@ def upload(folder: Path, repository: str, names: list[str], private: bool) -> st
             commit_message="Sparse autoencoder",
         )
         return str(made)
-
-
-@contextmanager
-def _errors(repository: str) -> Iterator[None]:
-    """Say in one line what the hub's client says in many."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError:
-        raise UserError(
-            f"{repository}: gated; accept its terms on its page of the hub, then `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{repository}: no such folder here and no such repository on the hub; if it is "
-            "private, `hf auth login` first"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{repository}: has no such revision") from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{repository}: no such folder here, and the hub cannot be reached; check the network "
-            "(and that HF_HUB_OFFLINE is not set)"
-        ) from None
-    except Exception as error:  # of the client, of its HTTP library or of the system
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise UserError(
-                f"{repository}: the hub does not allow it; `hf auth login` with a token that does"
-            ) from None
-        raise UserError(f"{repository}: the hub failed ({first_line(error)})") from None
