@@ -314,3 +314,56 @@ def test_any_text_in_json_lines_is_what_json_reads(texts, escaped, end):
         corpus = read_corpus(path)
         assert [item.text for item in corpus.items] == texts
         assert corpus.items[0].text == texts[0]
+
+
+def valid(suffix: str, folder: Path) -> bytes:
+    """A file of texts and pictures in this format."""
+    path = folder / f"valid{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"image": [b"one", b"two"], "text": ["a", "b"]}), path)
+    elif suffix == ".tar":
+        write_tar(path, {"a.png": b"one", "a.txt": b"text", "b.json": b'{"text": "b"}'})
+    elif suffix == ".csv":
+        path.write_text('id,text,image\n1,"a\nb",a.png\n2,c,\n')
+    else:
+        path.write_text('{"id": 1, "text": "a", "image": "a.png"}\n{"text": "b"}\n')
+    return path.read_bytes()
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    st.sampled_from([".jsonl", ".csv", ".tsv", ".tar", ".parquet"]),
+    st.one_of(
+        st.binary(max_size=3000),
+        st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=9)), max_size=4),
+    ),
+    st.integers(0, 20_000),
+    st.booleans(),
+)
+def test_whatever_a_file_holds_it_is_read_or_named(suffix, damage, length, skip_bad):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a{suffix}"
+        if isinstance(damage, bytes):
+            path.write_bytes(damage)
+        else:
+            data = bytearray(valid(suffix, Path(folder)))
+            for at, put in damage:
+                at %= len(data)
+                data[at : at + len(put)] = put
+            path.write_bytes(data[: max(1, length)])
+        try:
+            for item in read_corpus(path, skip_bad).items:
+                if item.picture is not None and not isinstance(item.picture, PictureFile):
+                    item.picture.read()
+        except UserError as error:
+            assert str(error).startswith(str(path))
+            assert "\n" not in str(error)
+
+
+def test_a_header_that_is_no_csv_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text('"text"x,image\na,b\n')
+    says(tmp_path / "a.csv", "a.csv: not CSV")
+    (tmp_path / "a.csv").write_text("\n\ntext\n\na\n")
+    assert [item.text for item in read_corpus(tmp_path / "a.csv").items] == ["a"]
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    says(tmp_path / "a.csv", "a.csv: two columns are called 'text'")

@@ -66,7 +66,7 @@ class JsonLines(_TextFile):
         other_id = f"{self.path.name}:{number}"
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             return Row(where, key, other_id, fault=f"{where}: not a JSON object like {EXAMPLE}")
@@ -80,7 +80,7 @@ class Csv(_TextFile):
         """Every record that is not empty; one may go over several lines."""
         with self._open() as file:
             records = self._records(file)
-            if next(records, None):  # the header
+            if self._first(records):
                 self.reading.columns(self._header, str(self.path))
             while True:
                 start, line = file.tell(), records.line_num + 1
@@ -99,16 +99,24 @@ class Csv(_TextFile):
         """The record that begins at byte `key`."""
         with self._open() as file:
             file.seek(key)
-            return self._row(f"{self.path} at byte {key}", key, next(self._records(file), []), 0)
+            values = self._first(self._records(file))
+            return self._row(f"{self.path} at byte {key}", key, values, 0)
 
     @cached_property
     def _header(self) -> list[str]:
         with self._open() as file:
-            header = next(self._records(file), [])
+            header = self._first(self._records(file))
         for name in header:
             if header.count(name) > 1:
                 raise UserError(f"{self.path}: two columns are called {name!r}")
         return header
+
+    def _first(self, records: _csv.Reader) -> list[str]:
+        """The first record that is not empty."""
+        try:
+            return next((values for values in records if values), [])
+        except csv.Error as error:
+            raise UserError(f"{self.path}: not CSV ({error})") from None
 
     def _records(self, file: IO[bytes]) -> _csv.Reader:
         comma = "\t" if self.path.suffix.lower() == ".tsv" else ","

@@ -70,7 +70,7 @@ class TarShards:
         member = sample.parts["json"]
         try:
             record = json.loads(_decoded(sample.tar, member))
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise UserError(f"{sample.tar}#{member.name}: not a JSON object")
