@@ -90,6 +90,35 @@ def test_a_stopped_encoding_goes_on(tmp_path):
     assert len(model.asked) <= 20
 
 
+def test_what_was_encoded_before_a_bad_item_stays(tmp_path):
+    items = [*texts(*range(10)), Item(None, PictureBytes("cut.png", b"\x89PNG"))]
+    model = Model()
+
+    def pooled(some, *more):
+        for item in some:
+            item.load()
+        return Model.pooled(model, some, *more)
+
+    with store(tmp_path) as s, pytest.raises(UserError, match=r"cut\.png"):
+        embed_items(SimpleNamespace(pooled=pooled), items, "query", s)
+    with store(tmp_path) as s:
+        assert len(s) == 7  # all finished chunks
+
+
+def test_a_slow_encoding_writes_shards_that_are_not_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings, "_FLUSH_SECONDS", 0)
+    lengths = []
+
+    def looked(steps, _total):
+        for step in steps:
+            lengths.append(len(s))
+            yield step
+
+    with store(tmp_path) as s:
+        embed_items(Model(), texts(*range(21)), "query", s, progress=looked)
+    assert lengths == [0, 7, 14]
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 @pytest.mark.parametrize("kind", ["keys", "vectors"])
 def test_a_damaged_shard_is_named_and_its_items_are_encoded_again(tmp_path, damage, kind):

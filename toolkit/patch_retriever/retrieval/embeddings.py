@@ -22,8 +22,10 @@ from patch_retriever.retrieval.encoder import Encoder, Role
 MANIFEST = "embeddings.json"
 FORMAT = 1
 ROWS_PER_SHARD = 8192
-_CHUNK = 512
-"""Items hashed and looked up at a time."""
+_CHUNK = 128
+"""Items looked up and encoded at a time."""
+_FLUSH_SECONDS = 20
+"""After so long a shard is written although it is not full: what a killed process may lose."""
 KEY = np.dtype("S16")
 """The first half of an item's content hash; empty for an item that was left out."""
 
@@ -202,34 +204,42 @@ def embed_items(
     encoded, seconds = 0, 0.0
     starts = range(0, len(items), _CHUNK)
     coming: set[bytes] = set()  # added, but not in a shard yet
-    for start in progress(starts, len(starts)):
-        chunk = [items[i] for i in range(start, min(start + _CHUNK, len(items)))]
-        for i, item in enumerate(chunk, start):
-            try:
-                keys_n[i] = bytes.fromhex(item.content_hash())[: KEY.itemsize]
-                if skip_bad and item.picture is not None:
-                    item.picture.open()
-            except UserError as error:
-                if not skip_bad:
-                    raise
-                keys_n[i] = b""
-                skipped.append(str(error))
-        chunk_keys = keys_n[start : start + len(chunk)]
-        done = store.has(chunk_keys) | (chunk_keys == b"")
-        new = {
-            bytes(key): item
-            for key, item, there in zip(chunk_keys, chunk, done, strict=True)
-            if not there and bytes(key) not in coming
-        }
-        if new:
-            began = time.perf_counter()
-            vectors_nw = encoder.pooled(list(new.values()), role, prompt, batch_size)
-            seconds += time.perf_counter() - began
-            encoded += len(new)
-            before = len(store)
-            store.add(np.array(list(new), KEY), vectors_nw)
-            coming = coming | set(new) if len(store) == before else set()
-    store.flush()
+    flushed = time.monotonic()
+    try:
+        for start in progress(starts, len(starts)):
+            chunk = [items[i] for i in range(start, min(start + _CHUNK, len(items)))]
+            for i, item in enumerate(chunk, start):
+                try:
+                    keys_n[i] = bytes.fromhex(item.content_hash())[: KEY.itemsize]
+                    if skip_bad and item.picture is not None:
+                        item.picture.open()
+                except UserError as error:
+                    if not skip_bad:
+                        raise
+                    keys_n[i] = b""
+                    skipped.append(str(error))
+            chunk_keys = keys_n[start : start + len(chunk)]
+            done = store.has(chunk_keys) | (chunk_keys == b"")
+            new = {
+                bytes(key): item
+                for key, item, there in zip(chunk_keys, chunk, done, strict=True)
+                if not there and bytes(key) not in coming
+            }
+            if new:
+                began = time.perf_counter()
+                vectors_nw = encoder.pooled(list(new.values()), role, prompt, batch_size)
+                seconds += time.perf_counter() - began
+                encoded += len(new)
+                before = len(store)
+                store.add(np.array(list(new), KEY), vectors_nw)
+                if time.monotonic() - flushed > _FLUSH_SECONDS:
+                    store.flush()
+                if len(store) == before:
+                    coming |= set(new)
+                else:
+                    coming, flushed = set(), time.monotonic()
+    finally:  # a bad picture at the end costs nothing that was encoded before it
+        store.flush()
     return Embedded(keys_n, encoded, seconds, tuple(skipped))
 
 
