@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from patch_retriever.items import Item
 from patch_retriever.retrieval import ranking
 from patch_retriever.retrieval.metrics import query_metrics
-from patch_retriever.retrieval.ranking import NOTHING, rank, search_exactly
+from patch_retriever.retrieval.ranking import NOTHING, Judgements, rank, search_exactly
 from patch_retriever.retrieval.tasks import RetrievalTask
 
 steady = settings(deadline=None, derandomize=True)
@@ -74,7 +74,17 @@ def runs(draw):
 
 def ours(task, scores, **more):
     found = rank(task, *vectors(scores), **more)
-    return query_metrics(*found.grades(task), CUTOFFS), found
+    return judged(task, found, CUTOFFS), found
+
+
+def judged(task, found, cutoffs):
+    """Query by query, as if there were many."""
+    judgements = Judgements(task)
+    parts = [
+        query_metrics(judgements.grades(row_k[None], q), judgements.judged_qm[q : q + 1], cutoffs)
+        for q, row_k in enumerate(found.found_qk)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @steady
@@ -143,7 +153,7 @@ def test_an_index_may_stand_in_for_the_search_and_find_too_little():
     found = rank(task, *vectors([[0.0, 0.0, 0.0, 0.0]]), depth=3, search=search)
     assert asked == [((1, 1), 4)]
     assert found.found_qk.tolist() == [[3, 1, NOTHING]]
-    metrics = query_metrics(*found.grades(task), [2])
+    metrics = judged(task, found, [2])
     assert metrics["recall@2"] == metrics["ndcg@2"] == [1.0]
 
 
@@ -159,6 +169,11 @@ def test_vectors_that_are_no_numbers_find_nothing(monkeypatch):
     for candidates in (1000, 50):
         monkeypatch.setattr(ranking, "_CANDIDATE_BYTES", candidates * 2 * 4)
         assert (search_exactly(broken[:3], broken, 5).found_qk == NOTHING).all()
+
+
+def test_positive_pairs_are_those_in_the_pool():
+    task = task_of(["a", "b", "c"], {"q": {"c": 2, "gone": 1, "a": 0}, "r": {"a": 1, "c": 1}})
+    assert Judgements(task).positive_pairs().tolist() == [[0, 2], [1, 0], [1, 2]]
 
 
 def test_a_query_without_anything_relevant_scores_zero():

@@ -48,29 +48,44 @@ class Ranking:
     found_qk: NDArray[np.int64]
     scores_qk: NDArray[np.float32]
 
-    def grades(self, task: RetrievalTask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Grades at each place (q, k), and all grades that the qrels hold (q, m); 0 for none."""
+
+class Judgements:
+    """A task's qrels, ready to grade rankings by.
+
+    `judged_qm` are all grades that a query's qrels hold (q, m), 0 for none.
+    """
+
+    def __init__(self, task: RetrievalTask) -> None:
         at = positions(task, (c for judged in task.qrels.values() for c in judged))
-        n = len(task.candidate_ids)
+        self._n = len(task.candidate_ids)
         keys: list[int] = []
         values: list[int] = []
         most = max(1, *(len(task.qrels[query]) for query in task.query_ids))
-        judged_qm = np.zeros((len(task.query_ids), most), dtype=np.int64)
+        self.judged_qm = np.zeros((len(task.query_ids), most), dtype=np.int64)
         for q, query in enumerate(task.query_ids):
             judged = task.qrels[query]
-            judged_qm[q, : len(judged)] = list(judged.values())
+            self.judged_qm[q, : len(judged)] = list(judged.values())
             known = {at[c]: grade for c, grade in judged.items() if c in at}
-            keys += [q * n + position for position in known]
+            keys += [q * self._n + position for position in known]
             values += known.values()
-        grades_qk = np.zeros(self.found_qk.shape, dtype=np.int64)
-        if keys:
-            order = np.argsort(keys)
-            keys_s, values_s = np.array(keys)[order], np.array(values)[order]
-            asked_qk = self.found_qk + n * np.arange(len(self.found_qk))[:, None]
-            place_qk = np.searchsorted(keys_s, asked_qk).clip(max=len(keys) - 1)
-            there_qk = (keys_s[place_qk] == asked_qk) & (self.found_qk != NOTHING)
-            grades_qk = np.where(there_qk, values_s[place_qk], 0)
-        return grades_qk, judged_qm
+        order = np.argsort(keys)
+        self._keys_s = np.array(keys, dtype=np.int64)[order]
+        self._values_s = np.array(values, dtype=np.int64)[order]
+
+    def grades(self, found_qk: NDArray[np.int64], first: int = 0) -> NDArray[np.int64]:
+        """The grade at each place (q, k) of the rankings of the queries from `first` on; 0 where
+        nothing is judged."""
+        if not len(self._keys_s):
+            return np.zeros(found_qk.shape, dtype=np.int64)
+        asked_qk = found_qk + self._n * np.arange(first, first + len(found_qk))[:, None]
+        place_qk = np.searchsorted(self._keys_s, asked_qk).clip(max=len(self._keys_s) - 1)
+        there_qk = (self._keys_s[place_qk] == asked_qk) & (found_qk != NOTHING)
+        return np.where(there_qk, self._values_s[place_qk], 0)
+
+    def positive_pairs(self) -> NDArray[np.int64]:
+        """(query number, candidate number) of all that is relevant and in the pool, (n, 2)."""
+        keys = self._keys_s[self._values_s > 0]
+        return np.stack([keys // self._n, keys % self._n], axis=1)
 
 
 def rank(
