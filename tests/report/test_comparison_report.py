@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,22 @@ def test_texts_and_names_are_escaped(tasks):
 def test_a_page_of_one_model_and_task_has_no_differences(tasks):
     page = Page(comparison_page(compared({"i->t": tasks["i->t"]})))
     assert [s["id"] for s in page.all("section")] == ["means", "geometry", "costs"]
+
+
+def test_what_cannot_be_said_of_so_few_is_a_dash(tasks):
+    task = tasks["i->t"]
+    one = replace(
+        task,
+        query_ids=task.query_ids[:1],
+        queries=task.queries[:1],
+        candidate_ids=["elsewhere"],
+        candidates=task.candidates[:1],
+        qrels={task.query_ids[0]: {"elsewhere": 1}},
+    )
+    found = compared({"one": one})
+    assert found.base.trials["one"].figures["geometry"]["uniformity"] is None
+    json.dumps(to_json(found), allow_nan=False)
+    assert "–" in Page(comparison_page(found)).text
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -14,7 +14,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
 from patch_retriever.pictures import PictureFile
-from patch_retriever.retrieval import compare
+from patch_retriever.retrieval import bench, compare
 from patch_retriever.retrieval.compare import build_settings, compare_models, short_names
 from patch_retriever.retrieval.comparison import Settings
 from patch_retriever.retrieval.tasks import RetrievalTask
@@ -219,8 +219,8 @@ def test_what_is_finished_is_neither_encoded_nor_searched_again(
     assert len(encoded) == len(set(encoded)) > 0
     encoded.clear()
     searched = []
-    real = compare.try_out
-    monkeypatch.setattr(compare, "try_out", lambda *a: searched.append(a[0].name) or real(*a))
+    real = bench.try_out
+    monkeypatch.setattr(bench, "try_out", lambda *a: searched.append(a[0].name) or real(*a))
     same = again()
     assert (encoded, searched) == ([], [])
     assert same.base.trials["i->i"].figures == first.base.trials["i->i"].figures
@@ -258,7 +258,7 @@ def test_a_damaged_trial_is_made_again(views, tmp_path):
 @pytest.mark.usefixtures("stand_ins")
 def test_what_was_done_before_a_stop_is_kept(tmp_path, encoded, monkeypatch):
     tasks = scenes(20, "i->i", "it->i")
-    real = compare.try_out
+    real = bench.try_out
 
     def stop(task, *rest):
         if task.name == "it->i":
@@ -268,11 +268,11 @@ def test_what_was_done_before_a_stop_is_kept(tmp_path, encoded, monkeypatch):
     def run():
         return compare_models(["pixels"], tasks, Settings(), tmp_path / "e", tmp_path / "q")
 
-    monkeypatch.setattr(compare, "try_out", stop)
+    monkeypatch.setattr(bench, "try_out", stop)
     with pytest.raises(KeyboardInterrupt):
         run()
     encoded.clear()
-    monkeypatch.setattr(compare, "try_out", real)
+    monkeypatch.setattr(bench, "try_out", real)
     found = run()
     assert encoded == []
     assert set(found.base.trials) == {"i->i", "it->i"}

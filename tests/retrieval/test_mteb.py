@@ -35,7 +35,7 @@ from patch_retriever.pictures import PictureBytes
 from patch_retriever.retrieval.encoder import Encoder, load_encoder
 from patch_retriever.retrieval.metrics import query_metrics
 from patch_retriever.retrieval.mteb import MtebEncoder, MtebRetriever, batch_items
-from patch_retriever.retrieval.ranking import rank
+from patch_retriever.retrieval.ranking import Judgements, rank
 from patch_retriever.retrieval.readers.mteb_tasks import retrieval_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
@@ -69,7 +69,9 @@ def by_us(encoder: Any, task: Local, task_prompts: bool = False) -> dict[str, np
     queries_qd = encoder.embed(read.queries, "query", prompts.get("query"), 64)
     candidates_nd = encoder.embed(read.candidates, "document", prompts.get("document"), 64)
     ranking = rank(read, queries_qd, candidates_nd)
-    return query_metrics(*ranking.grades(read), cutoffs=(1, 5, 10))
+    judgements = Judgements(read)
+    grades_qk = judgements.grades(ranking.found_qk)
+    return query_metrics(grades_qk, judgements.judged_qm, cutoffs=(1, 5, 10))
 
 
 def vectors(model: Any, *inputs: Any) -> np.ndarray:

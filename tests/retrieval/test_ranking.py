@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from patch_retriever.items import Item
 from patch_retriever.retrieval import ranking
 from patch_retriever.retrieval.metrics import query_metrics
-from patch_retriever.retrieval.ranking import NOTHING, rank, search_exactly
+from patch_retriever.retrieval.ranking import NOTHING, Judgements, rank, search_exactly
 from patch_retriever.retrieval.tasks import RetrievalTask
 
 steady = settings(deadline=None, derandomize=True)
@@ -74,7 +74,17 @@ def runs(draw):
 
 def ours(task, scores, **more):
     found = rank(task, *vectors(scores), **more)
-    return query_metrics(*found.grades(task), CUTOFFS), found
+    return judged(task, found, CUTOFFS), found
+
+
+def judged(task, found, cutoffs):
+    """Query by query, as if there were many."""
+    judgements = Judgements(task)
+    parts = [
+        query_metrics(judgements.grades(row_k[None], q), judgements.judged_qm[q : q + 1], cutoffs)
+        for q, row_k in enumerate(found.found_qk)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @steady
@@ -122,7 +132,8 @@ def test_a_search_in_parts_is_a_sort_of_all_with_ties_cut_by_the_order(monkeypat
     expected = [np.lexsort((order_n, -row))[:k] for row in scores_qn]
     for queries, candidates in ((1000, 10_000), (10, 200), (5, 100)):
         monkeypatch.setattr(ranking, "_QUERIES", queries)
-        monkeypatch.setattr(ranking, "_CANDIDATES", candidates)
+        monkeypatch.setattr(ranking, "_ROWS", queries // 2)
+        monkeypatch.setattr(ranking, "_CANDIDATE_BYTES", candidates * 3 * 4)
         found = search_exactly(queries_qd, candidates_nd, k, order_n)
         np.testing.assert_array_equal(found.found_qk, expected)
         np.testing.assert_array_equal(
@@ -142,7 +153,7 @@ def test_an_index_may_stand_in_for_the_search_and_find_too_little():
     found = rank(task, *vectors([[0.0, 0.0, 0.0, 0.0]]), depth=3, search=search)
     assert asked == [((1, 1), 4)]
     assert found.found_qk.tolist() == [[3, 1, NOTHING]]
-    metrics = query_metrics(*found.grades(task), [2])
+    metrics = judged(task, found, [2])
     assert metrics["recall@2"] == metrics["ndcg@2"] == [1.0]
 
 
@@ -156,8 +167,13 @@ def test_deeper_than_the_ranking_nothing_more_is_found():
 def test_vectors_that_are_no_numbers_find_nothing(monkeypatch):
     broken = np.full((200, 2), np.nan, dtype=np.float32)
     for candidates in (1000, 50):
-        monkeypatch.setattr(ranking, "_CANDIDATES", candidates)
+        monkeypatch.setattr(ranking, "_CANDIDATE_BYTES", candidates * 2 * 4)
         assert (search_exactly(broken[:3], broken, 5).found_qk == NOTHING).all()
+
+
+def test_positive_pairs_are_those_in_the_pool():
+    task = task_of(["a", "b", "c"], {"q": {"c": 2, "gone": 1, "a": 0}, "r": {"a": 1, "c": 1}})
+    assert Judgements(task).positive_pairs().tolist() == [[0, 2], [1, 0], [1, 2]]
 
 
 def test_a_query_without_anything_relevant_scores_zero():

@@ -10,10 +10,10 @@ import patch_retriever
 from patch_retriever.retrieval.comparison import Against, Comparison, Row
 
 EXPLANATION = """\
-R@k: queries with a relevant candidate among the first k (M-BEIR's recall, a hit rate). Differences
-are to the first model over the same queries, with 95% intervals (paired bootstrap, 1,000 draws);
-p is of sign flips, corrected after Holm over the tasks; won and lost count queries. Overall, tasks
-weigh equally."""
+R@k: queries with a relevant candidate among the first k (M-BEIR's recall, a hit rate); equal scores
+are ordered as trec_eval does. Differences are to the first model over the same queries, with 95%
+intervals (paired bootstrap, 1,000 draws); p is of sign flips, corrected after Holm over the tasks;
+won and lost count queries. Overall, tasks weigh equally."""
 
 
 def shown_metrics(comparison: Comparison) -> list[str]:
@@ -67,7 +67,8 @@ def _means(comparison: Comparison) -> str:
 
     for task, held in comparison.tasks.items():
         queries, candidates = len(held.query_ids), len(held.candidate_ids)
-        lines.append(f"{task} ({queries:,} queries, {candidates:,} candidates)")
+        left_out = f", {len(held.skipped):,} bad left out" if held.skipped else ""
+        lines.append(f"{task} ({queries:,} queries, {candidates:,} candidates{left_out})")
         lines += [line(row.name, row, task) for row in comparison.rows]
     if len(comparison.tasks) > 1:
         lines.append(f"overall ({len(comparison.tasks)} tasks)")
@@ -121,5 +122,5 @@ def costs(row: Row) -> str:
     said = f"{row.name}: {encoded}; {search:.2f} ms a query; index up to {size:,.1f} MB"
     recalls = [f["index_recall"] for f in figures if "index_recall" in f]
     if recalls:
-        said += f"; it finds {100 * min(recalls):.1f}% or more of what an exact search finds"
+        said += f" that finds at least {100 * min(recalls):.1f}% of what an exact search does"
     return said

@@ -81,9 +81,8 @@ def _means(
     comparison: Comparison, metrics: Sequence[str]
 ) -> dict[str, list[tuple[Row, list[float]]]]:
     """By task: every row with its means."""
-    places: dict[str, str | None] = {task: task for task in comparison.tasks}
-    if len(places) > 1:
-        places[OVERALL] = None
+    places: dict[str, str | None] = {OVERALL: None} if len(comparison.tasks) > 1 else {}
+    places |= {task: task for task in comparison.tasks}
     return {
         name: [(row, [row.mean(m, task) for m in metrics]) for row in comparison.rows]
         for name, task in places.items()
@@ -96,7 +95,7 @@ def _against(comparison: Comparison, row: Row, metrics: Sequence[str]) -> dict[s
     for m in metrics:
         together, by_task = comparison.against_base(row, m)
         if len(by_task) > 1:
-            by_task = {**by_task, OVERALL: together}
+            by_task = {OVERALL: together, **by_task}
         for task, found in by_task.items():
             p = found.p if found.p_holm is None else found.p_holm
             out.setdefault(task, []).append((metric_name(m), found, p_text(p)))

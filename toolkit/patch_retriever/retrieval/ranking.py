@@ -15,8 +15,12 @@ DEPTH = 1000
 """Candidates of a ranking, as in TREC runs: how deep `mrr` and `map` go."""
 NOTHING = -1
 """In the place of a candidate where a ranking is over."""
-_QUERIES, _CANDIDATES = 512, 32768
-"""Scored at once."""
+_QUERIES = 4096
+"""Searched for at once; many, since FAISS is slow with few."""
+_CANDIDATE_BYTES = 1 << 28
+"""Of the candidates that are in memory at once."""
+_ROWS = 256
+"""Queries of which all scores are kept at once, where scores are equal."""
 
 
 class Vectors(Protocol):
@@ -44,29 +48,44 @@ class Ranking:
     found_qk: NDArray[np.int64]
     scores_qk: NDArray[np.float32]
 
-    def grades(self, task: RetrievalTask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Grades at each place (q, k), and all grades that the qrels hold (q, m); 0 for none."""
+
+class Judgements:
+    """A task's qrels, ready to grade rankings by.
+
+    `judged_qm` are all grades that a query's qrels hold (q, m), 0 for none.
+    """
+
+    def __init__(self, task: RetrievalTask) -> None:
         at = positions(task, (c for judged in task.qrels.values() for c in judged))
-        n = len(task.candidate_ids)
+        self._n = len(task.candidate_ids)
         keys: list[int] = []
         values: list[int] = []
         most = max(1, *(len(task.qrels[query]) for query in task.query_ids))
-        judged_qm = np.zeros((len(task.query_ids), most), dtype=np.int64)
+        self.judged_qm = np.zeros((len(task.query_ids), most), dtype=np.int64)
         for q, query in enumerate(task.query_ids):
             judged = task.qrels[query]
-            judged_qm[q, : len(judged)] = list(judged.values())
+            self.judged_qm[q, : len(judged)] = list(judged.values())
             known = {at[c]: grade for c, grade in judged.items() if c in at}
-            keys += [q * n + position for position in known]
+            keys += [q * self._n + position for position in known]
             values += known.values()
-        grades_qk = np.zeros(self.found_qk.shape, dtype=np.int64)
-        if keys:
-            order = np.argsort(keys)
-            keys_s, values_s = np.array(keys)[order], np.array(values)[order]
-            asked_qk = self.found_qk + n * np.arange(len(self.found_qk))[:, None]
-            place_qk = np.searchsorted(keys_s, asked_qk).clip(max=len(keys) - 1)
-            there_qk = (keys_s[place_qk] == asked_qk) & (self.found_qk != NOTHING)
-            grades_qk = np.where(there_qk, values_s[place_qk], 0)
-        return grades_qk, judged_qm
+        order = np.argsort(keys)
+        self._keys_s = np.array(keys, dtype=np.int64)[order]
+        self._values_s = np.array(values, dtype=np.int64)[order]
+
+    def grades(self, found_qk: NDArray[np.int64], first: int = 0) -> NDArray[np.int64]:
+        """The grade at each place (q, k) of the rankings of the queries from `first` on; 0 where
+        nothing is judged."""
+        if not len(self._keys_s):
+            return np.zeros(found_qk.shape, dtype=np.int64)
+        asked_qk = found_qk + self._n * np.arange(first, first + len(found_qk))[:, None]
+        place_qk = np.searchsorted(self._keys_s, asked_qk).clip(max=len(self._keys_s) - 1)
+        there_qk = (self._keys_s[place_qk] == asked_qk) & (found_qk != NOTHING)
+        return np.where(there_qk, self._values_s[place_qk], 0)
+
+    def positive_pairs(self) -> NDArray[np.int64]:
+        """(query number, candidate number) of all that is relevant and in the pool, (n, 2)."""
+        keys = self._keys_s[self._values_s > 0]
+        return np.stack([keys // self._n, keys % self._n], axis=1)
 
 
 def rank(
@@ -106,16 +125,18 @@ def search_exactly(
     Scores are compared with the order of equal ones in 64-bit keys, so that ties at the end are
     cut where the order says. Vectors that are no numbers are never found.
     """
+    queries_qd = np.ascontiguousarray(queries_qd, dtype=np.float32)
     if order_n is None:
         order_n = np.arange(len(candidates))
     starts = range(0, len(queries_qd), _QUERIES)
     best = [np.zeros((len(queries_qd[s : s + _QUERIES]), 0), dtype=np.uint64) for s in starts]
-    for first in range(0, len(candidates), _CANDIDATES):  # read once: they may be on disk
-        chunk_nd = candidates[first : first + _CANDIDATES]
+    step = max(1, _CANDIDATE_BYTES // (4 * queries_qd.shape[1]))
+    for first in range(0, len(candidates), step):  # read once: they may be on disk
+        chunk_nd = candidates[first : first + step]
         orders_n = order_n[first : first + len(chunk_nd)]
         for i, start in enumerate(starts):
-            scores_qn = queries_qd[start : start + _QUERIES] @ chunk_nd.T
-            best[i] = _best(scores_qn, orders_n, best[i], k)
+            part_qd = queries_qd[start : start + _QUERIES]
+            best[i] = _best(part_qd, chunk_nd, orders_n, best[i], k)
     return _from_keys(np.sort(np.concatenate(best), axis=1)[:, ::-1], order_n)
 
 
@@ -158,25 +179,26 @@ def _largest(keys_qk: NDArray[np.uint64], k: int) -> NDArray[np.uint64]:
 
 
 def _best(
-    scores_qn: NDArray[np.float32],
+    queries_qd: NDArray[np.float32],
+    chunk_nd: NDArray[np.float32],
     orders_n: NDArray[np.int64],
     best_qk: NDArray[np.uint64],
     k: int,
 ) -> NDArray[np.uint64]:
-    """The k largest keys of a chunk's scores and of those before."""
-    import torch
+    """The k largest keys of a chunk of candidates and of those before."""
+    import faiss
 
-    n = scores_qn.shape[1]
-    if n <= 4 * k:
-        keys_qn = _keys(scores_qn, orders_n[None])
+    if len(chunk_nd) <= 4 * k:
+        keys_qn = _keys(queries_qd @ chunk_nd.T, orders_n[None])
         return _largest(np.concatenate([best_qk, keys_qn], axis=1), k)
-    # few pass: the fast selection by score alone, done again where equal scores cross its end
-    scores_qn = np.nan_to_num(scores_qn, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-    top_qk, at_qk = (part.numpy() for part in torch.topk(torch.from_numpy(scores_qn), k))
-    keys_qk = _keys(top_qk, orders_n[at_qk])
-    crossing = (scores_qn >= top_qk[:, -1:]).sum(1) > k
-    if crossing.any():
-        keys_qk[crossing] = _largest(_keys(scores_qn[crossing], orders_n[None]), k)
+    # the fast selection by score alone, and again where equal scores cross its end
+    ip = faiss.METRIC_INNER_PRODUCT
+    top_qk, at_qk = faiss.knn(queries_qd, np.ascontiguousarray(chunk_nd), k + 1, metric=ip)
+    keys_qk = np.where(at_qk < 0, np.uint64(0), _keys(top_qk, orders_n[at_qk]))[:, :k]
+    crossing = np.flatnonzero((top_qk[:, k] == top_qk[:, k - 1]) & (at_qk[:, k] >= 0))
+    for start in range(0, len(crossing), _ROWS):
+        rows = crossing[start : start + _ROWS]
+        keys_qk[rows] = _largest(_keys(queries_qd[rows] @ chunk_nd.T, orders_n[None]), k)
     return _largest(np.concatenate([best_qk, keys_qk], axis=1), k)
 
 

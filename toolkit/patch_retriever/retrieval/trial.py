@@ -21,13 +21,15 @@ from patch_retriever.retrieval.geometry import (
     uniformity,
 )
 from patch_retriever.retrieval.metrics import query_metrics
-from patch_retriever.retrieval.ranking import NOTHING, Ranking, Vectors, positions, rank
+from patch_retriever.retrieval.ranking import NOTHING, Judgements, Ranking, Vectors, rank
 from patch_retriever.retrieval.tasks import RetrievalTask
 from patch_retriever.retrieval.vectors import chunks
 
 SHOWN = 10
 """Candidates of a ranking that are kept."""
 _ABOUT = b"patch_retriever"
+_AT_ONCE = 2048
+"""Queries whose rankings are judged at once."""
 
 
 @dataclass(frozen=True)
@@ -106,52 +108,51 @@ def try_out(
     if timed:
         exact = rank(task, queries_qd, candidates, depth=k)
         figures["index_recall"] = _agreement(ranking.found_qk[:, :k], exact.found_qk)
-    grades_qk, judged_qm = ranking.grades(task)
-    relevant_qk = grades_qk > 0
-    first_q = np.where(relevant_qk.any(1), relevant_qk.argmax(1) + 1, 0)
+    judgements = Judgements(task)
+    parts, first = [], []
+    for start in range(0, len(queries_qd), _AT_ONCE):
+        grades_qk = judgements.grades(ranking.found_qk[start : start + _AT_ONCE], start)
+        judged_qm = judgements.judged_qm[start : start + _AT_ONCE]
+        parts.append(query_metrics(grades_qk, judged_qm, cutoffs))
+        relevant_qk = grades_qk > 0
+        first.append(np.where(relevant_qk.any(1), relevant_qk.argmax(1) + 1, 0))
     return Trial(
         tuple(task.query_ids),
-        query_metrics(grades_qk, judged_qm, cutoffs),
-        first_q.astype(np.int64),
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
+        np.concatenate(first).astype(np.int64),
         _ids(task, ranking),
-        figures | {"geometry": _geometry(task, queries_qd, candidates, kinds, ranking, k)},
+        figures
+        | {
+            "geometry": _geometry(
+                queries_qd, candidates, kinds, ranking.found_qk[:, :k], judgements.positive_pairs()
+            )
+        },
     )
 
 
 def _geometry(
-    task: RetrievalTask,
     queries_qd: NDArray[np.float32],
     candidates: Vectors,
     kinds: tuple[NDArray[np.int8], NDArray[np.int8]],
-    ranking: Ranking,
-    k: int,
+    found_qk: NDArray[np.int64],
+    pairs_n2: NDArray[np.int64],
 ) -> dict[str, Any]:
     """All figures of `retrieval.geometry`; those of rankings are of the first k."""
     moments = Moments.of(queries_qd, kinds[0]) + Moments.of(candidates, kinds[1])
-    found_qk = ranking.found_qk[:, :k]
     return {
-        "k": k,
-        "anisotropy": moments.anisotropy,
+        "k": found_qk.shape[1],
+        "anisotropy": _known(moments.anisotropy),
         "modality_gap": moments.gaps(),
-        "uniformity": uniformity(candidates),
-        "alignment": alignment(queries_qd, candidates, _positive_pairs(task)),
+        "uniformity": _known(uniformity(candidates)),
+        "alignment": _known(alignment(queries_qd, candidates, pairs_n2)),
         "hubness": asdict(Hubness.of(found_qk, len(candidates))),
         "modality_share": modality_share(found_qk, *kinds),
     }
 
 
-def _positive_pairs(task: RetrievalTask) -> NDArray[np.int64]:
-    """(query number, candidate number) of all that is relevant and in the pool, (n, 2)."""
-    judged = task.qrels
-    wanted = {c for q in task.query_ids for c, grade in judged[q].items() if grade > 0}
-    at = positions(task, wanted)
-    pairs = [
-        (i, at[c])
-        for i, query in enumerate(task.query_ids)
-        for c, grade in judged[query].items()
-        if grade > 0 and c in at
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+def _known(figure: float) -> float | None:
+    """JSON has no word for what cannot be said of so few items."""
+    return None if np.isnan(figure) else figure
 
 
 def _ids(task: RetrievalTask, ranking: Ranking) -> tuple[tuple[str, ...], ...]:
