@@ -34,7 +34,7 @@ from patch_retriever.retrieval.index.factory import (
         ("Flat", 10, "Flat"),
         ("ivf", 10_000, "IVF128,Flat"),
         ("hnsw", 10_000, "HNSW32"),
-        ("ivf-pq", 10_000_000, "IVF8192,PQ128x8"),
+        ("ivf-pq", 10_000_000, "RR1024,IVF8192,PQ128x8"),
         ("sq8", 100, "SQ8"),
         ("rabitq", 100, "RR1024,RaBitQ"),
         ("RaBitQ", 100, "RaBitQ"),

@@ -25,7 +25,7 @@ from patch_retriever.retrieval.index.search import SavedIndex
 from toy_encoder import ToyEncoder, corpus, pictures
 
 QUERIES = [Item(f"question {i}") for i in range(7)]
-KINDS = ["flat", "ivf", "hnsw", "sq8", "rabitq", "IVF2,PQ2x4", "IVF2,SQ8"]
+KINDS = ["flat", "ivf", "hnsw", "sq8", "rabitq", "IVF2,PQ2x4", "RR8,IVF2,PQ2x4", "IVF2,SQ8"]
 CANNOT_REMOVE = ["hnsw"]
 
 
@@ -83,7 +83,7 @@ def test_every_kind_is_saved_mapped_and_added_to(tmp_path, factory):
     folder = tmp_path / "ix"
     first, both = corpus(*range(100)), corpus(*range(150))
     make(folder, factory=factory, source=first, shard_items=70)
-    least = 0.25 if factory in ("rabitq", "IVF2,PQ2x4") else 0.9
+    least = 0.25 if factory == "rabitq" or "PQ" in factory else 0.9
     assert share_found(folder, first) >= least
     assert add_corpus(both, ToyEncoder(), folder).added == 50
     assert share_found(folder, both) >= least

@@ -40,7 +40,7 @@ def factory_string(factory: str, n: int, dimension: int) -> str:
         "ivf": f"IVF{lists},Flat",
         "ivf-sq8": f"IVF{lists},SQ8",
         "hnsw": "HNSW32",
-        "ivf-pq": f"IVF{lists},PQ{_parts(dimension)}x8",
+        "ivf-pq": f"RR{dimension},IVF{lists},PQ{_parts(dimension)}x8",
         "sq8": "SQ8",
         "rabitq": f"RR{dimension},RaBitQ",  # a bit a dimension, which all must weigh the same
     }.get(auto if factory == "auto" else factory, factory)
