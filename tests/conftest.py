@@ -113,3 +113,11 @@ def copied(tmp_path):
         return saved
 
     return copy
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless browser; tests of pages are skipped where there is none."""
+    from browsing import headless
+
+    yield from headless()

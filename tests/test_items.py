@@ -8,7 +8,7 @@ from sentence_transformers.base.modality import infer_modality
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import KINDS, Item
-from patch_retriever.pictures import PictureFile
+from patch_retriever.pictures.picture import PictureFile
 
 GREEN = Image.new("RGB", (40, 30), "green")
 

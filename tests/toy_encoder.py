@@ -78,7 +78,7 @@ def pictures(folder: Path, n: int) -> SimpleNamespace:
     """Small pictures on disk, by their names."""
     from PIL import Image
 
-    from patch_retriever.pictures import PictureFile
+    from patch_retriever.pictures.picture import PictureFile
 
     paths = [folder / f"{i}.png" for i in range(n)]
     for i, path in enumerate(paths):

@@ -210,7 +210,7 @@ def measure(
 
 def _embedded(encoder: Any, world: World, root: Path, report: Report) -> NDArray[np.float32]:
     """Unit vectors of a world's items, queries as queries and the rest as documents."""
-    from patch_retriever.retrieval.embeddings import embed_items, open_store, read_vectors
+    from patch_retriever.retrieval.embeddings import StoredVectors, embed_items, open_store
 
     parts: list[NDArray[np.float32]] = []
     n = world.n_queries
@@ -220,7 +220,7 @@ def _embedded(encoder: Any, world: World, root: Path, report: Report) -> NDArray
             if done.encoded:
                 rate = done.encoded / done.seconds
                 report.progress(f"encoded {done.encoded:,} items, {rate:.0f} a second")
-            parts += read_vectors(encoder, role, kept, done.keys_n)  # type: ignore[arg-type]
+            parts.append(StoredVectors(encoder, role, kept, done.keys_n)[:])  # type: ignore[arg-type]
     return np.concatenate(parts)
 
 
@@ -235,7 +235,7 @@ def judge(
     from patch_retriever.retrieval.index.factory import set_search
 
     dimension = documents_nd.shape[1]
-    exact = build_index([documents_nd], "Flat", dimension)
+    exact = build_index(documents_nd, "Flat", dimension)
     began = time.perf_counter()
     _, best_qk = exact.search(queries_qd, K)
     exact_ms = 1000 * (time.perf_counter() - began) / len(queries_qd)
@@ -249,7 +249,7 @@ def judge(
     built: dict[str, Any] = {}
     for index in indexes(len(documents_nd), dimension, code_bytes):
         if index.factory not in built:
-            built = {index.factory: build_index([documents_nd], index.factory, dimension)}
+            built = {index.factory: build_index(documents_nd, index.factory, dimension)}
         settings = {"nprobe": index.nprobe} if index.nprobe else {}
         if index.factory.startswith("HNSW"):
             settings = {"efSearch": 32}

@@ -139,10 +139,10 @@ def unit_vectors(rng: np.random.Generator, n: int, d: int) -> NDArray[np.float32
 
 def build(root: str, out: str, n: int, files: int) -> dict[str, float]:
     """Build a folder of the first n vectors; its peak memory beyond one file of it."""
-    from patch_retriever.retrieval.index.build import Shards
     from patch_retriever.retrieval.index.items import Entry
     from patch_retriever.retrieval.index.manifest import MadeBy
     from patch_retriever.retrieval.index.writing import build_folder
+    from patch_retriever.retrieval.vectors import Shards
 
     arrays = [np.load(p, mmap_mode="r") for p in sorted(Path(root, "shards").iterdir())]
     d, first = arrays[0].shape[1], len(arrays[0])

@@ -173,7 +173,7 @@ def test_without_mteb_it_says_what_to_install(finished_build, tmp_path, monkeypa
 
 
 def test_a_benchmark_is_its_tasks():
-    from patch_retriever.retrieval.mteb_run import named_tasks
+    from patch_retriever.retrieval.mteb.run import named_tasks
 
     tasks = named_tasks(["CIRRIT2IRetrieval", "CIRRIT2IRetrieval"], ["MIEB(lite)"])
     names = [task.metadata.name for task in tasks]

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_report_browser import browser, looked_at  # noqa: F401
 from test_report_page import Page
 from wild import ATTACK, ENDLESS
 
+from browsing import looked_at
 from patch_retriever.items import Item
 from patch_retriever.report.comparison import metric_name, p_text, to_json, to_text
 from patch_retriever.report.comparison_page import comparison_page
-from patch_retriever.retrieval.comparison import Comparison, Row, Settings
+from patch_retriever.retrieval.comparison.result import Comparison, Row, Settings
+from patch_retriever.retrieval.comparison.trial import try_out
 from patch_retriever.retrieval.tasks import RetrievalTask
-from patch_retriever.retrieval.trial import try_out
 from patch_retriever.scenes.tasks import scenes_collection
 
 D = 12
@@ -157,7 +157,7 @@ def test_what_cannot_be_said_of_so_few_is_a_dash(tasks):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_fits_the_window(browser, tasks, tmp_path, width):  # noqa: F811
+def test_the_page_fits_the_window(browser, tasks, tmp_path, width):
     task = tasks["i->t"]
     long = replace(task, candidates=tuple(Item(f"{c.text} {ENDLESS}") for c in task.candidates))
     path = tmp_path / "page.html"

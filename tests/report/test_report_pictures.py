@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
+from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.report.pictures import HEAT, SIDE, Shown, heat_overlay, show, thumbnail
 
 

@@ -6,7 +6,7 @@ import re
 
 from patch_retriever.items import Item
 from patch_retriever.report.search_page import write_search_page
-from patch_retriever.retrieval.answers import answer
+from patch_retriever.retrieval.index.answers import answer
 from patch_retriever.retrieval.index.indexing import index_corpus
 from patch_retriever.retrieval.index.search import SavedIndex
 from toy_encoder import ToyEncoder, corpus, pictures

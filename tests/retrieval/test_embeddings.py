@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureBytes
+from patch_retriever.pictures.picture import PictureBytes
 from patch_retriever.retrieval import embeddings
-from patch_retriever.retrieval.embeddings import EmbeddingStore, embed_items, read_vectors
+from patch_retriever.retrieval.embeddings import EmbeddingStore, StoredVectors, embed_items
 
 WIDTH = 4
 
@@ -60,8 +60,10 @@ def test_every_item_gets_its_own_vector_in_order(tmp_path):
     items = texts(*range(50))
     with store(tmp_path) as s:
         done = embed_items(Model(), items, "query", s)
-        found = np.concatenate(list(read_vectors(Model(), "query", s, done.keys_n, 9)))
+        found = StoredVectors(Model(), "query", s, done.keys_n)[:]
+        some = StoredVectors(Model(), "query", s, done.keys_n)[np.array([7, 3])]
     np.testing.assert_array_equal(found, 2 * np.stack([vector(i) for i in items]))
+    np.testing.assert_array_equal(some, found[[7, 3]])
     assert (done.encoded, done.skipped) == (50, ())
     with store(tmp_path) as again:
         np.testing.assert_array_equal(2 * again.read(done.keys_n), found)

@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureFile
+from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.retrieval.encode import encode_file
 from patch_retriever.retrieval.encoder import load_encoder
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.errors import UserError
-from patch_retriever.pictures import PictureFile
+from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.retrieval.evaluate import evaluate_embeddings
 from patch_retriever.retrieval.pairs import (
     SHARES,

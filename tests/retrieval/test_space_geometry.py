@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist
 
 from patch_retriever.items import Item
-from patch_retriever.pictures import PictureBytes
+from patch_retriever.pictures.picture import PictureBytes
 from patch_retriever.retrieval import geometry
 from patch_retriever.retrieval.geometry import (
     Hubness,

@@ -9,12 +9,12 @@ from pathlib import Path
 from patch_retriever.config import BuildConfig, ScenesSettings
 from patch_retriever.files import write_json
 from patch_retriever.items import Item
-from patch_retriever.picture_stores import PictureStores, locator
+from patch_retriever.pictures.stores import PictureStores, locator
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.pairs import Pair, pairs_collection, split_pairs, texts_are_shared
 from patch_retriever.retrieval.readers.pairs import read_pairs
-from patch_retriever.retrieval.readers.rows import Reading
+from patch_retriever.retrieval.readers.sources.rows import Reading
 
 SCENES = "scenes"
 SPLITS = ("calibration", "validation", "test")

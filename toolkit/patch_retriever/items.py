@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
-from patch_retriever.pictures import PICTURE_SUFFIXES, Picture, PictureFile
+from patch_retriever.pictures.picture import PICTURE_SUFFIXES, Picture, PictureFile
 
 Kind = Literal["text", "image", "both"]
 KINDS: tuple[Kind, ...] = ("text", "image", "both")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.index import build
-from patch_retriever.retrieval.index.build import Shards, build_index
+from patch_retriever.retrieval.index.build import build_index
+from patch_retriever.retrieval.vectors import Shards
 
 
 def unit(n, d, seed=0):
@@ -55,7 +55,7 @@ APPROXIMATE = {
 @pytest.mark.parametrize("factory", APPROXIMATE)
 def test_every_kind_finds_most_of_what_brute_force_finds(factory):
     rows, queries = unit(2000, 16), unit(50, 16, 1)
-    _, found = build_index([rows[:700], rows[700:]], factory, 16).search(queries, 10)
+    _, found = build_index(Shards([rows[:700], rows[700:]]), factory, 16).search(queries, 10)
     _, expected = brute_force(queries, rows, 10)
     recall = np.mean([np.isin(e, f).mean() for e, f in zip(expected, found, strict=True)])
     assert recall >= APPROXIMATE[factory]
@@ -68,37 +68,15 @@ def test_rabitq_is_rotated_so_that_uneven_dimensions_do_not_spoil_it():
     plain, ours = (
         np.mean([np.isin(e, f).mean() for e, f in zip(expected, found, strict=True)])
         for found in (
-            build_index([rows], f, 64).search(rows[:50], 10)[1] for f in ("RaBitQ", "rabitq")
+            build_index(rows, f, 64).search(rows[:50], 10)[1] for f in ("RaBitQ", "rabitq")
         )
     )
     assert ours > 1.3 * plain
 
 
-def test_mapped_shards_are_read_a_chunk_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "CHUNK", 4)
-    rows = unit(10, 3)
-    np.save(tmp_path / "a.npy", rows)
-    shards = Shards([np.load(tmp_path / "a.npy", mmap_mode="r")])
-    chunks = list(shards.rows(range(10)))
-    assert [len(chunk) for chunk in chunks] == [4, 4, 2]
-    np.testing.assert_array_equal(np.concatenate(chunks), rows)
-
-
-@given(st.data())
-@settings(deadline=None, max_examples=50)
-def test_rows_are_those_asked_for(data):
-    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
-    rows = np.arange(2 * sum(sizes), dtype=np.float32).reshape(-1, 2)
-    shards = Shards(np.split(rows, np.cumsum(sizes)[:-1]))
-    numbers = data.draw(st.sets(st.integers(0, len(rows) - 1)) if len(rows) else st.just(set()))
-    wanted = np.array(sorted(numbers), dtype=np.int64)
-    found = np.concatenate([np.empty((0, 2), np.float32), *shards.rows(wanted)])
-    np.testing.assert_array_equal(found, rows[wanted])
-
-
 def test_the_same_vectors_train_the_same_index():
     rows = unit(3000, 8)
-    first, second = (build_index([rows], "IVF32,Flat", 8) for _ in range(2))
+    first, second = (build_index(rows, "IVF32,Flat", 8) for _ in range(2))
     for a, b in zip(first.search(rows[:20], 5), second.search(rows[:20], 5), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -106,10 +84,10 @@ def test_the_same_vectors_train_the_same_index():
 @pytest.mark.parametrize("n", [0, 10])
 def test_too_few_to_train_on_is_one_line(n):
     with pytest.raises(UserError, match=f"cannot be trained on {n} items") as raised:
-        build_index([unit(n, 8)], "IVF64,Flat", 8)
+        build_index(unit(n, 8), "IVF64,Flat", 8)
     assert "\n" not in str(raised.value)
 
 
 def test_a_small_sample_makes_no_page_of_warnings(capfd):
-    build_index([unit(300, 8)], "IVF32,PQ4x4", 8)
+    build_index(unit(300, 8), "IVF32,PQ4x4", 8)
     assert capfd.readouterr().err == ""

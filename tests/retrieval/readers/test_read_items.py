@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
-from patch_retriever.picture_stores import picture_at
-from patch_retriever.pictures import PictureFile
+from patch_retriever.pictures.picture import PictureFile
+from patch_retriever.pictures.stores import picture_at
 from patch_retriever.retrieval.readers.items import read_corpus
 from stored import BROKEN, SOUND, write_tar
 

@@ -17,7 +17,7 @@ from PIL import Image
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash
 from patch_retriever.retrieval.readers.pairs import pairs_fingerprint, read_pairs
-from patch_retriever.retrieval.readers.rows import Reading
+from patch_retriever.retrieval.readers.sources.rows import Reading
 from stored import BROKEN, SOUND, write_tar
 
 

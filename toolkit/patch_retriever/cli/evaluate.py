@@ -165,9 +165,9 @@ def evaluate(
     from patch_retriever.files import write_json, write_text
     from patch_retriever.report.comparison import to_json, to_text
     from patch_retriever.report.comparison_page import comparison_page
-    from patch_retriever.retrieval.chosen import calibration_tasks, read_chosen
-    from patch_retriever.retrieval.compare import build_settings, compare_models
-    from patch_retriever.retrieval.comparison import Settings
+    from patch_retriever.retrieval.comparison.chosen import calibration_tasks, read_chosen
+    from patch_retriever.retrieval.comparison.models import build_settings, compare_models
+    from patch_retriever.retrieval.comparison.result import Settings
     from patch_retriever.retrieval.readers.options import ReadOptions
 
     quiet_libraries()

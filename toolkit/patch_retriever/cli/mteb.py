@@ -76,14 +76,14 @@ def mteb(
     patch-retriever mteb demo --tasks my_tasks.py:ShapesT2I --index IVF64,Flat -o results
     """
     from patch_retriever.cli.progress import Narrator, quiet_libraries
-    from patch_retriever.retrieval.mteb_run import named_tasks, run_mteb
+    from patch_retriever.retrieval.mteb.run import named_tasks, run_mteb
 
     wanted = [one.strip() for given in names for one in given.split(",") if one.strip()]
     if not wanted and not benchmarks:
         raise click.UsageError("name the tasks: --tasks NAME, or --benchmark NAME")
     tasks = named_tasks(wanted, benchmarks)
     quiet_libraries()
-    from patch_retriever.retrieval.mteb import MtebEncoder, MtebRetriever
+    from patch_retriever.retrieval.mteb.encoder import MtebEncoder, MtebRetriever
 
     encoder = (
         MtebEncoder(model, revision, device=device, name=name, task_prompts=prompts)

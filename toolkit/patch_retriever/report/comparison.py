@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import patch_retriever
-from patch_retriever.retrieval.comparison import Against, Comparison, Row
+from patch_retriever.retrieval.comparison.result import Against, Comparison, Row
 
 EXPLANATION = """\
 R@k: queries with a relevant candidate among the first k (M-BEIR's recall, a hit rate); equal scores

@@ -19,10 +19,10 @@ from patch_retriever.report.gallery import Cast, Rankings, TaskGallery, task_gal
 from patch_retriever.report.pictures import Shown, show
 from patch_retriever.report.plots import Interval, intervals, to_svg
 from patch_retriever.report.rendering import render
-from patch_retriever.retrieval.comparison import Against, Comparison, Row
+from patch_retriever.retrieval.comparison.result import Against, Comparison, Row
+from patch_retriever.retrieval.comparison.trial import Trial
 from patch_retriever.retrieval.ranking import DEPTH, positions
 from patch_retriever.retrieval.tasks import RetrievalTask
-from patch_retriever.retrieval.trial import Trial
 
 OVERALL = "overall"
 LONGEST = 36

@@ -10,10 +10,10 @@ import patch_retriever
 from patch_retriever.errors import UserError
 from patch_retriever.files import write_text
 from patch_retriever.items import Item
-from patch_retriever.picture_stores import PictureStores
+from patch_retriever.pictures.stores import PictureStores
 from patch_retriever.report.pictures import Shown, show
 from patch_retriever.report.rendering import render
-from patch_retriever.retrieval.answers import Answer, Hit
+from patch_retriever.retrieval.index.answers import Answer, Hit
 from patch_retriever.retrieval.index.search import SavedIndex
 
 SIDE = 224

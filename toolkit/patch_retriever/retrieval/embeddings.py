@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -246,16 +246,21 @@ def embed_items(
     return Embedded(keys_n, encoded, seconds, tuple(skipped))
 
 
-def read_vectors(
-    encoder: Encoder,
-    role: Role,
-    store: EmbeddingStore,
-    keys_n: NDArray[Any],
-    rows_at_once: int = ROWS_PER_SHARD,
-) -> Iterator[NDArray[np.float32]]:
-    """Final vectors of stored items, in order, a chunk (m, d) at a time."""
-    for start in range(0, len(keys_n), rows_at_once):
-        yield encoder.finish(store.read(keys_n[start : start + rows_at_once]), role)
+class StoredVectors:
+    """The final vectors (n, d) of stored items: pooled vectors from disk through the head."""
+
+    def __init__(
+        self, encoder: Encoder, role: Role, store: EmbeddingStore, keys_n: NDArray[Any]
+    ) -> None:
+        self._encoder, self._role, self._store = encoder, role, store
+        self.keys_n = keys_n
+
+    def __len__(self) -> int:
+        return len(self.keys_n)
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        """Some of them, by a slice or an array of numbers."""
+        return self._encoder.finish(self._store.read(self.keys_n[rows]), self._role)
 
 
 def open_store(

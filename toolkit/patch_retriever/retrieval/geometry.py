@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.items import KINDS, Item
-from patch_retriever.retrieval.ranking import NOTHING, Vectors
+from patch_retriever.retrieval.ranking import NOTHING
+from patch_retriever.retrieval.vectors import Vectors
 
 _CHUNK = 32768
 PAIRS_OF = 4096

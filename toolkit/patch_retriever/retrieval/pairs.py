@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
-from patch_retriever.pictures import Picture
+from patch_retriever.pictures.picture import Picture
 from patch_retriever.retrieval.collection import Collection, Task
 
 SHARES = {"calibration": 0.5, "validation": 0.2, "test": 0.3}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.retrieval.tasks import RetrievalTask
+from patch_retriever.retrieval.vectors import Vectors
 
 DEPTH = 1000
 """Candidates of a ranking, as in TREC runs: how deep `mrr` and `map` go."""
@@ -21,16 +21,6 @@ _CANDIDATE_BYTES = 1 << 28
 """Of the candidates that are in memory at once."""
 _ROWS = 256
 """Queries of which all scores are kept at once, where scores are equal."""
-
-
-class Vectors(Protocol):
-    """Vectors (n, d) that may stay on disk: read by slices or by arrays of row numbers."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]:
-        """Some rows."""
 
 
 Search = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]

@@ -1,58 +1,37 @@
-"""Vectors of a task's items that stay on disk until a search reads them."""
+"""Vectors that may stay on disk: read by rows, a bounded chunk at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from patch_retriever.patch.operators import Affine
-from patch_retriever.retrieval.embeddings import EmbeddingStore
-from patch_retriever.retrieval.encoder import Encoder, Role
-from patch_retriever.retrieval.ranking import Vectors
-
 IN_MEMORY = 1 << 30
 """Bytes up to which vectors are kept in memory once they are made."""
-_CHUNK = 8192
+CHUNK = 8192
+"""Vectors read at once."""
 
 
-class StoredVectors:
-    """The final vectors (n, d) of stored items: pooled vectors from disk through the head."""
-
-    def __init__(
-        self, encoder: Encoder, role: Role, store: EmbeddingStore, keys_n: NDArray[Any]
-    ) -> None:
-        self._encoder, self._role, self._store, self._keys_n = encoder, role, store, keys_n
+class Vectors(Protocol):
+    """Vectors (n, d) that may stay on disk: read by slices or by arrays of row numbers."""
 
     def __len__(self) -> int:
-        return len(self._keys_n)
+        """How many."""
 
-    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
-        """Some of them, by a slice or an array of numbers."""
-        return self._encoder.finish(self._store.read(self._keys_n[rows]), self._role)
+    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]:
+        """Some rows."""
 
 
-class MappedVectors:
-    """Other vectors, each kind through its group of an affine map, and normalised."""
-
-    def __init__(self, vectors: Vectors, step: Affine, kinds_n: NDArray[np.int8]) -> None:
-        self._vectors = vectors
-        self._weight_gde, self._bias_ge = step.weight_gde.numpy(), step.bias_ge.numpy()
-        self._group_n = np.array([step.group(0, kind) for kind in range(3)])[kinds_n]
-
-    def __len__(self) -> int:
-        return len(self._vectors)
-
-    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
-        """Some of them, by a slice or an array of numbers."""
-        x_nd, group_n = self._vectors[rows], self._group_n[rows]
-        out_ne = np.empty((len(x_nd), self._bias_ge.shape[1]), dtype=np.float32)
-        for group in np.unique(group_n):
-            mine = group_n == group
-            out_ne[mine] = x_nd[mine] @ self._weight_gde[group] + self._bias_ge[group]
-        return out_ne / np.maximum(np.linalg.norm(out_ne, axis=1, keepdims=True), 1e-12)
+def chunks(vectors: Vectors, numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    """The vectors of these numbers, `CHUNK` at a time; neighbours as a slice, which need not be
+    copied."""
+    wanted = np.asarray(numbers, dtype=np.int64)
+    for start in range(0, len(wanted), CHUNK):
+        some = wanted[start : start + CHUNK]
+        neighbours = len(some) == some[-1] - some[0] + 1 and bool((np.diff(some) == 1).all())
+        yield vectors[int(some[0]) : int(some[-1]) + 1] if neighbours else vectors[some]
 
 
 def at_hand(vectors: Vectors, most: int = IN_MEMORY) -> Vectors:
@@ -64,8 +43,32 @@ def at_hand(vectors: Vectors, most: int = IN_MEMORY) -> Vectors:
     return np.concatenate(list(chunks(vectors, range(len(vectors)))))
 
 
-def chunks(vectors: Vectors, numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-    """The vectors of these numbers, a bounded chunk at a time."""
-    wanted = np.asarray(numbers, dtype=np.int64)
-    for start in range(0, len(wanted), _CHUNK):
-        yield vectors[wanted[start : start + _CHUNK]]
+class Shards:
+    """Several `Vectors` one after the other; memory-mapped arrays stay on disk."""
+
+    def __init__(self, parts: Sequence[Vectors]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some of them, by a slice or an array of numbers."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            first, last = np.searchsorted(self._ends, (start, stop - 1), side="right")
+            if start < stop and first == last:  # nothing to put together, so nothing to copy
+                before = int(self._ends[first]) - len(self._parts[first])
+                return self._parts[first][start - before : stop - before]
+            rows = np.arange(start, stop)
+        which = np.searchsorted(self._ends, rows, side="right")
+        out_nd: NDArray[np.float32] | None = None
+        for part in np.unique(which):
+            here = which == part
+            before = int(self._ends[part]) - len(self._parts[part])
+            found_nd = self._parts[part][rows[here] - before]
+            if out_nd is None:
+                out_nd = np.empty((len(rows), found_nd.shape[1]), np.float32)
+            out_nd[here] = found_nd
+        return self._parts[0][:0] if out_nd is None else out_nd

@@ -16,17 +16,16 @@ from numpy.typing import NDArray
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
-from patch_retriever.picture_stores import locator
+from patch_retriever.lazy import Lazy
+from patch_retriever.pictures.stores import locator
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.retrieval.embeddings import (
     KEY,
-    EmbeddingStore,
+    StoredVectors,
     embed_items,
     open_store,
-    read_vectors,
 )
 from patch_retriever.retrieval.encoder import Encoder, Role
-from patch_retriever.retrieval.index.build import CHUNK
 from patch_retriever.retrieval.index.factory import factory_string
 from patch_retriever.retrieval.index.items import Entry, Items
 from patch_retriever.retrieval.index.manifest import (
@@ -76,24 +75,6 @@ class Indexed:
     encoded: int
     there_before: int
     skipped: tuple[str, ...]
-
-
-class StoredVectors:
-    """`Vectors` of stored items: the head runs when they are read."""
-
-    def __init__(
-        self, encoder: Encoder, role: Role, store: EmbeddingStore, keys_n: NDArray[Any]
-    ) -> None:
-        self._encoder, self._role, self._store = encoder, role, store
-        self.keys_n = keys_n
-
-    def __len__(self) -> int:
-        return len(self.keys_n)
-
-    def rows(self, numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        """Final vectors, a chunk at a time."""
-        keys = self.keys_n[np.asarray(numbers, dtype=np.int64)]
-        return read_vectors(self._encoder, self._role, self._store, keys, CHUNK)
 
 
 def index_corpus(
@@ -263,22 +244,7 @@ class _New:
                     f"{name!r}: in the index with another content; remove it first, or give the "
                     "new item another id"
                 )
-        self.items = _At(corpus.items, positions)
-
-
-class _At(Sequence[Item]):
-    """The items at some positions."""
-
-    def __init__(self, items: Sequence[Item], positions: Sequence[int]) -> None:
-        self._items, self._positions = items, positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return _At(self._items, self._positions[at])
-        return self._items[self._positions[at]]
+        self.items = Lazy(positions, corpus.items.__getitem__)
 
 
 def _hex(key: bytes) -> str:

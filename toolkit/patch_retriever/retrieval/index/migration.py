@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +13,13 @@ from numpy.typing import NDArray
 from patch_retriever.errors import UserError
 from patch_retriever.files import link_or_copy, value_hash, write
 from patch_retriever.progress import Say, silent
-from patch_retriever.retrieval.embeddings import KEY, EmbeddingStore, open_store
-from patch_retriever.retrieval.index.build import CHUNK, Shards, Vectors
-from patch_retriever.retrieval.index.factory import flat_vectors
-from patch_retriever.retrieval.index.indexing import StoredVectors
+from patch_retriever.retrieval.embeddings import (
+    KEY,
+    EmbeddingStore,
+    StoredVectors,
+    open_store,
+)
+from patch_retriever.retrieval.index.factory import FlatVectors, flat_vectors
 from patch_retriever.retrieval.index.items import Items
 from patch_retriever.retrieval.index.manifest import (
     EMBEDDINGS,
@@ -28,6 +30,7 @@ from patch_retriever.retrieval.index.manifest import (
     check_parts,
 )
 from patch_retriever.retrieval.index.writing import build_folder, load
+from patch_retriever.retrieval.vectors import CHUNK, Shards, Vectors
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
@@ -116,24 +119,24 @@ class _FromFlat:
             raise self._needs_encoding(f"an index of {old.factory} does not hold whole vectors")
         if not old.made_by.normalised:
             raise self._needs_encoding(f"the patch of {old.made_by.model} cannot be taken back")
-        self._shards = Shards(cast("list[NDArray[np.float32]]", shards))
-        next(self.rows(range(min(len(self), CHUNK))), None)  # refused before anything is written
+        self._shards = Shards(cast("list[FlatVectors]", shards))
+        self[:CHUNK]  # refused before anything is written
 
     def __len__(self) -> int:
         return len(self._shards)
 
-    def rows(self, numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        """The new head's vectors of these items, a chunk at a time."""
-        for unit_cd in self._shards.rows(numbers):
-            found_cd = self._encoder.finish(unit_cd, self._role)
-            for factor in _LENGTHS:
-                other_cd = self._encoder.finish(unit_cd * np.float32(factor), self._role)
-                if np.abs(found_cd - other_cd).max() > _SAME:
-                    raise self._needs_encoding(
-                        f"the patch of {self._encoder.name} looks at the lengths of pooled "
-                        "vectors, which unit vectors have lost"
-                    )
-            yield found_cd
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        """The new head's vectors of some items."""
+        unit_nd = self._shards[rows]
+        found_nd = self._encoder.finish(unit_nd, self._role)
+        for factor in _LENGTHS:
+            other_nd = self._encoder.finish(unit_nd * np.float32(factor), self._role)
+            if np.abs(found_nd - other_nd).max() > _SAME:
+                raise self._needs_encoding(
+                    f"the patch of {self._encoder.name} looks at the lengths of pooled vectors, "
+                    "which unit vectors have lost"
+                )
+        return found_nd
 
     def _needs_encoding(self, why: str) -> UserError:
         return UserError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write
 from patch_retriever.progress import Say, silent
-from patch_retriever.retrieval.index.build import Vectors, fill, trained_index
+from patch_retriever.retrieval.index.build import fill, trained_index
 from patch_retriever.retrieval.index.factory import default_search, import_faiss
 from patch_retriever.retrieval.index.items import Entry, ShardItems, batches, write_items
 from patch_retriever.retrieval.index.manifest import (
@@ -24,6 +24,7 @@ from patch_retriever.retrieval.index.manifest import (
     check_parts,
     clear,
 )
+from patch_retriever.retrieval.vectors import Vectors
 
 if TYPE_CHECKING:
     import faiss

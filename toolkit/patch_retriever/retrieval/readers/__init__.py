@@ -13,12 +13,12 @@ FORMATS = {
     "scenes": "scenes.read_scenes",
     "pairs": "pairs.read_pairs_tasks",
     "datasets": "pairs.read_datasets_tasks",
-    "mbeir": "mbeir.read_mbeir",
-    "mmeb": "mmeb.read_mmeb",
-    "karpathy": "karpathy.read_karpathy",
-    "cirr": "cirr.read_cirr",
-    "fashioniq": "fashioniq.read_fashioniq",
-    "mteb": "mteb_tasks.read_mteb",
+    "mbeir": "benchmarks.mbeir.read_mbeir",
+    "mmeb": "benchmarks.mmeb.read_mmeb",
+    "karpathy": "benchmarks.karpathy.read_karpathy",
+    "cirr": "benchmarks.cirr.read_cirr",
+    "fashioniq": "benchmarks.fashioniq.read_fashioniq",
+    "mteb": "benchmarks.mteb_tasks.read_mteb",
 }
 """The reader of each format: a function of a location and `ReadOptions` in a module here."""
 

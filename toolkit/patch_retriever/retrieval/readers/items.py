@@ -6,12 +6,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
-from patch_retriever.retrieval.readers.rows import IMAGE_COLUMNS, Reading, Row, Source
+from patch_retriever.lazy import Lazy
 from patch_retriever.retrieval.readers.sources import exists, open_source
+from patch_retriever.retrieval.readers.sources.rows import IMAGE_COLUMNS, Reading, Row
 
 
 @dataclass(frozen=True)
@@ -72,28 +72,7 @@ def read_corpus(
             keys.append(row.key)
     if not keys:
         raise UserError(f'{source}: empty; pictures, or rows with "text" or "image" expected')
-    return Corpus(tuple(ids), _Items(opened, keys), tuple(skipped))
-
-
-class _Items(Sequence[Item]):
-    """Items of a source by the keys of their rows."""
-
-    def __init__(self, source: Source, keys: array[int]) -> None:
-        self._source, self._keys = source, keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
-        if isinstance(index, slice):
-            return _Items(self._source, self._keys[index])
-        return _item(self._source.row(self._keys[index]))
+    return Corpus(tuple(ids), Lazy(keys, lambda key: _item(opened.row(key))), tuple(skipped))
 
 
 def _item(row: Row) -> Item:

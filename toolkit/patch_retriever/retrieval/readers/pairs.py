@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from patch_retriever.containers.hf_datasets import DATASETS
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
-from patch_retriever.hf_datasets import DATASETS
-from patch_retriever.pictures import PictureFile
+from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.retrieval.pairs import SHARES, Pair, pairs_collection, split_pairs
 from patch_retriever.retrieval.readers.options import ReadOptions
-from patch_retriever.retrieval.readers.rows import AS_USUAL, Reading, Row
 from patch_retriever.retrieval.readers.sources import open_source
+from patch_retriever.retrieval.readers.sources.rows import AS_USUAL, Reading, Row
 from patch_retriever.retrieval.tasks import RetrievalTask
 
 MIN_PAIRS = 50

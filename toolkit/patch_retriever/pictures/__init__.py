@@ -1,0 +1,1 @@
+"""Pictures: decoded when they are needed, wherever they lie."""

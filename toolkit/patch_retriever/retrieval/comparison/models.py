@@ -1,0 +1,104 @@
+"""Finished models side by side on retrieval tasks, as anyone would run them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from patch_retriever.patch.artefact import CONFIG
+from patch_retriever.progress import Progress, Say, no_progress, silent
+from patch_retriever.retrieval.comparison.baselines import Baseline, baselines
+from patch_retriever.retrieval.comparison.bench import Bench
+from patch_retriever.retrieval.comparison.result import Comparison, Row, Settings
+from patch_retriever.retrieval.comparison.trial import Trial
+from patch_retriever.retrieval.encoder import BASE, Encoder, check_model, load_encoder
+from patch_retriever.retrieval.tasks import RetrievalTask
+from patch_retriever.runs import MARKER, is_ours
+
+
+def build_settings(models: Sequence[str]) -> dict[str, Any]:
+    """The settings of the first of `models` that `build` made; {} where there is none."""
+    for name in models:
+        folder = Path(name.removesuffix(BASE))
+        if is_ours(folder):
+            settings: dict[str, Any] = json.loads((folder / MARKER).read_text())
+            return settings
+    return {}
+
+
+def compare_models(
+    names: Sequence[str],
+    tasks: Mapping[str, RetrievalTask],
+    settings: Settings,
+    cache: Path,
+    keep: Path | None = None,
+    calibration: Sequence[RetrievalTask] = (),
+    device: str = "cpu",
+    batch_size: int = 64,
+    say: Say = silent,
+    progress: Progress = no_progress,
+) -> Comparison:
+    """Every model on every task; the first is the base.
+
+    Args:
+        cache: folder of the embedding stores; what lies there is not encoded again.
+        keep: folder for the files of trials; what lies there is not searched again.
+        calibration: tasks whose items the deployable baselines take their statistics from.
+
+    Raises:
+        UserError: a model does not load or does not take a task's items, an item cannot be read,
+            or the disk is full. What is encoded and searched by then stays.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        check_model(name.removesuffix(BASE))
+    labels = short_names(names)
+    rows: list[Row] = []
+    judged: dict[str, RetrievalTask] = {}
+    for name in names:
+        say(f"{name}: encoding and searching")
+        encoder = load_encoder(name, device)
+        corrections: list[Baseline | None] = [None]
+        if settings.baselines and name == names[0]:
+            corrections += baselines(bool(calibration))
+        trials: list[dict[str, Trial]] = [{} for _ in corrections]
+        with ExitStack() as stack:
+            bench = Bench(encoder, settings, cache, batch_size, stack, say, progress)
+            for label, task in tasks.items():
+                ready = bench.prepare(task)
+                judged[label] = ready.task
+                for correction, found in zip(corrections, trials, strict=True):
+                    found[label] = bench.trial(ready, correction, calibration, keep)
+        for correction, found in zip(corrections, trials, strict=True):
+            rows.append(_row(name, labels[name], encoder, correction, found))
+    return Comparison(judged, tuple(rows), settings)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """What tables call models: folders by their last name, where that tells them apart."""
+    last = {name: Path(name).name if name.startswith(("/", ".", "~")) else name for name in names}
+    return last if len(set(last.values())) == len(last) else {name: name for name in names}
+
+
+def _row(
+    model: str,
+    label: str,
+    encoder: Encoder,
+    correction: Baseline | None,
+    trials: dict[str, Trial],
+) -> Row:
+    if correction is None:
+        return Row(label, model, _needs(model), encoder.fingerprint, trials, plain=True)
+    called = f"{label} + {correction.name}"
+    return Row(called, model, correction.needs, encoder.fingerprint, trials, plain=False)
+
+
+def _needs(name: str) -> str:
+    """What a model needed that `build` made; "" of any other, whose training is not known."""
+    path = Path(name.removesuffix(BASE)) / "patch" / CONFIG
+    if not path.is_file():
+        return ""
+    return "nothing" if name.endswith(BASE) else str(json.loads(path.read_text())["about"]["needs"])

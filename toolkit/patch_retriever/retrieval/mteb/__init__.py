@@ -1,0 +1,1 @@
+"""mteb's tasks run with any sentence-transformers model."""
