@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.errors import UserError
@@ -70,6 +70,7 @@ def test_every_item_gets_its_own_vector_in_order(tmp_path):
 
 
 @given(st.lists(st.integers(0, 30), max_size=60), st.lists(st.integers(0, 30), max_size=60))
+@settings(deadline=None)
 def test_nothing_is_encoded_twice(tmp_path_factory, first, second):
     folder, model = tmp_path_factory.mktemp("store"), Model()
     for numbers in (first, second):

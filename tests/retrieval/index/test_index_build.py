@@ -27,7 +27,7 @@ def brute_force(queries, rows, k):
 @settings(deadline=None, max_examples=40)
 def test_exact_search_over_shards_is_brute_force(sizes, d, seed):
     rows, queries = unit(sum(sizes), d, seed), unit(5, d, seed + 1)
-    index = build_index(np.split(rows, np.cumsum(sizes)[:-1]), "flat", d)
+    index = build_index(Shards(np.split(rows, np.cumsum(sizes)[:-1])), "flat", d)
     k = min(10, len(rows))
     if k:
         scores, found = index.search(queries, k)
