@@ -135,25 +135,37 @@ class Encoder:
         Raises:
             UserError: a picture cannot be read, or the model does not take such items.
         """
+        parts = []
+        for start in range(0, len(items), 8 * batch_size):
+            chunk = items[start : start + 8 * batch_size]
+            # a chat may hold anything; models without one take items of one kind at a time
+            kinds = ["chat" if self._as_chat else item.kind for item in chunk]
+            found: dict[int, Tensor] = {}
+            for kind in dict.fromkeys(kinds):
+                numbers = [i for i, other in enumerate(kinds) if other == kind]
+                rows = self._encode([chunk[i] for i in numbers], role, prompt, batch_size)
+                found |= dict(zip(numbers, rows, strict=True))
+            parts.append(torch.stack([found[i] for i in range(len(chunk))]).float().cpu().numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
+
+    def _encode(
+        self, items: Sequence[Item], role: Role, prompt: str | None, batch_size: int
+    ) -> Tensor:
         encode: Any = self._trunk.encode_query if role == "query" else self._trunk.encode_document
         load = Item.load if self._as_chat else Item.load_plain
         said = {"prompt": p} if (p := self.prompt(role, prompt)) else {}
-        parts = []
-        for start in range(0, len(items), 8 * batch_size):
-            loaded = [load(item) for item in items[start : start + 8 * batch_size]]
-            try:
-                rows = encode(
-                    loaded,
-                    batch_size=batch_size,
-                    show_progress_bar=False,
-                    convert_to_tensor=True,
-                    **said,
-                )
-            except (ValueError, TypeError) as error:
-                reason = first_line(error)
-                raise UserError(f"{self.name}: cannot encode these items ({reason})") from error
-            parts.append(rows.float().cpu().numpy())
-        return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
+        loaded = [load(item) for item in items]
+        try:
+            return encode(
+                loaded,
+                batch_size=batch_size,
+                show_progress_bar=False,
+                convert_to_tensor=True,
+                **said,
+            )
+        except (ValueError, TypeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{self.name}: cannot encode these items ({reason})") from error
 
     @torch.inference_mode()
     def finish(self, pooled_nw: NDArray[np.float32], role: Role) -> NDArray[np.float32]:

@@ -176,8 +176,9 @@ def _best(
     k: int,
 ) -> NDArray[np.uint64]:
     """The k largest keys of a chunk of candidates and of those before."""
-    import faiss
+    from patch_retriever.retrieval.index.factory import import_faiss
 
+    faiss = import_faiss()
     if len(chunk_nd) <= 4 * k:
         keys_qn = _keys(queries_qd @ chunk_nd.T, orders_n[None])
         return _largest(np.concatenate([best_qk, keys_qn], axis=1), k)
