@@ -141,7 +141,7 @@ def main(
     faiss.omp_set_num_threads(threads)
     report = Report(as_json)
     if quick:
-        candidates, queries, code_bytes = 1_500, 200, 8
+        candidates, queries, code_bytes = 1_000, 200, 8
     with tempfile.TemporaryDirectory() as temporary:
         root = store or Path(temporary)
         if not models:
@@ -162,9 +162,9 @@ def _build(root: Path, quick: bool, report: Report) -> str:
     from patch_retriever import build_retriever
 
     small: dict[str, Any] = {
+        "preset": "paper",  # no readouts to try
         "scenes": {"calibration": 40, "validation": 20, "test": 20},
         "sae": {"expansion": 4, "k": 8, "steps": 40, "batch_size": 256},
-        "readout": {"prompt": "one word", "site": "last_hidden_state", "pooling": "lasttoken"},
     }
     report.progress("building the demo")
     build_retriever(root / "demo", **(small if quick else {}))
