@@ -9,12 +9,15 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LOCK = "lock"
+"""The file by which a process has a folder for itself."""
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -76,6 +79,27 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def lock(folder: Path, busy: str) -> IO[str]:
+    """The lock of a folder, which is made if need be; closing it lets others have it.
+
+    Raises:
+        UserError: another process has it (`busy` says so), or the folder cannot be written.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise UserError(busy) from None
+    return held
 
 
 def allow_reading(path: Path) -> None:

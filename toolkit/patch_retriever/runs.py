@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.files import LOCK, file_hash, lock, value_hash, write_json
 from patch_retriever.progress import Say
 
 MARKER = "patch-retriever.json"
@@ -72,7 +72,7 @@ def check_out(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file; name a folder to write to")
-    started = (folder / "run" / "lock").is_file()  # stopped before it wrote its marker
+    started = (folder / "run" / LOCK).is_file()  # stopped before it wrote its marker
     foreign = not is_ours(folder) and not started
     if folder.is_dir() and any(folder.iterdir()) and foreign:
         raise UserError(f"{folder}: not empty and not made by patch-retriever; name another folder")
@@ -97,21 +97,11 @@ class Run:
         Raises:
             UserError: another build holds it, or the folder cannot be made.
         """
-        import fcntl
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(
-                f"{self.folder.parent}: another build is writing here; "
-                "wait for it or name another folder"
-            ) from None
+        self._lock = lock(
+            self.folder,
+            f"{self.folder.parent}: another build is writing here; wait for it or name another "
+            "folder",
+        )
         return self
 
     def __exit__(

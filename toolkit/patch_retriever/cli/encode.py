@@ -23,15 +23,8 @@ if TYPE_CHECKING:
     required=True,
     help="The .npy file to write, float32, one row an item.",
 )
-@click.option(
-    "--as",
-    "role",
-    type=click.Choice(["query", "document"]),
-    default="document",
-    show_default=True,
-    help="As queries or as documents.",
-)
-@click.option("--skip-bad", is_flag=True, help="Leave rows that are no items out, and count them.")
+@options.role
+@options.skip_bad
 @options.device
 @options.items_per_pass
 def encode(

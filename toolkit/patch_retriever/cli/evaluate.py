@@ -42,7 +42,7 @@ _READING = (
     ),
     click.option("--limit", type=click.IntRange(1), help="Queries of a task at most."),
     click.option("--allow-urls", is_flag=True, help="Download pictures named by an address."),
-    click.option("--skip-bad", is_flag=True, help="Leave bad rows and pictures out."),
+    options.skip_bad,
     click.option(
         "--n",
         type=click.IntRange(1),

@@ -33,15 +33,8 @@ from patch_retriever.cli import options
     metavar="N",
     help="Items in one file at most. [default: 4 GiB of vectors]",
 )
-@click.option(
-    "--as",
-    "role",
-    type=click.Choice(["query", "document"]),
-    default="document",
-    show_default=True,
-    help="Encode the items as documents, to be found by queries, or as queries.",
-)
-@click.option("--skip-bad", is_flag=True, help="Leave bad rows and pictures out.")
+@options.role
+@options.skip_bad
 @click.option(
     "--drop-embeddings",
     is_flag=True,

@@ -18,3 +18,12 @@ items_per_pass = click.option(
     help="Items per forward pass.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+role = click.option(
+    "--as",
+    "role",
+    type=click.Choice(["query", "document"]),
+    default="document",
+    show_default=True,
+    help="Encode the items as documents, to be found by queries, or as queries.",
+)
+skip_bad = click.option("--skip-bad", is_flag=True, help="Leave bad rows and pictures out.")

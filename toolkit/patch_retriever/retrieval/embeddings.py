@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import file_hash, write, write_json
+from patch_retriever.files import file_hash, lock, write, write_json
 from patch_retriever.items import Item
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.retrieval.encoder import Encoder, Role
@@ -45,22 +45,11 @@ class EmbeddingStore:
             UserError: the folder holds vectors of another model, another process is writing
                 here, or it cannot be written.
         """
-        import fcntl
-
         self.folder, self.key, self.width = folder, key, width
         self._waiting: list[tuple[NDArray[Any], NDArray[np.float32]]] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = (folder / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(
-                f"{folder}: another process is writing here; wait for it or name another folder"
-            ) from None
+        self._lock = lock(
+            folder, f"{folder}: another process is writing here; wait for it or name another folder"
+        )
         self._sorted_keys = np.zeros(0, KEY)
         self._shard_n, self._row_n = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._vectors: list[NDArray[np.float32]] = []

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import value_hash
+from patch_retriever.files import LOCK, value_hash
 from patch_retriever.items import Item
 from patch_retriever.lazy import Lazy
 from patch_retriever.pictures.stores import locator
@@ -194,7 +194,7 @@ def _check_free(folder: Path, made_by: MadeBy) -> None:
     """Refuse a folder that holds anything but an index by the same model, before encoding."""
     if folder.is_file():
         raise UserError(f"{folder}: a file; name a folder to write to")
-    ours = (MANIFEST, EMBEDDINGS, "lock")
+    ours = (MANIFEST, EMBEDDINGS, LOCK)
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in ours):
         raise UserError(f"{folder}: not empty and no index; name another folder")
     if (folder / MANIFEST).is_file():

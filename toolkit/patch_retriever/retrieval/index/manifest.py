@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.files import file_hash, lock, value_hash, write_json
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
@@ -231,22 +231,9 @@ def changing(folder: Path, new: bool = False) -> Iterator[None]:
     Raises:
         UserError: there is none, another process has it, or it cannot be written.
     """
-    import fcntl
-
     if not new and not folder.is_dir():
         raise UserError(f"{folder}: no index (no such folder)")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is changing this index; wait for it"
-            ) from None
+    with lock(folder, f"{folder}: another process is changing this index; wait for it"):
         yield
 
 

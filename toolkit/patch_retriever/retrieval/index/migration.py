@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import link_or_copy, value_hash, write
+from patch_retriever.files import LOCK, link_or_copy, value_hash, write
 from patch_retriever.progress import Say, silent
 from patch_retriever.retrieval.embeddings import (
     KEY,
@@ -104,7 +104,7 @@ def _kept_store(
         return None
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.name != "lock" and not (target / path.name).exists():
+        if path.name != LOCK and not (target / path.name).exists():
             write(target / path.name, partial(link_or_copy, path))
     return open_store(out / EMBEDDINGS, encoder, role, say=say)
 
