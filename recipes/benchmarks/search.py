@@ -10,7 +10,7 @@ taken from them at any time and are not counted). Beside it stands the size of t
 build takes beyond the index must not grow with it. Then one process searches the folder as
 `patch-retriever search` does (mapped, hashes checked) and a bare `faiss.IndexFlatIP` that holds the
 same vectors in memory, in turn, few queries at once and many, and the answers are compared. Bare
-FAISS runs as it is shipped; `import_faiss` says what ours sets.
+FAISS runs as it is shipped; `matrix_products` says what ours sets.
 """
 
 from __future__ import annotations
@@ -175,12 +175,8 @@ def search(root: str, out: str, size: dict[str, int], threads: int, repeats: int
     """Seconds of both, and the share of answers that are the same."""
     import faiss
 
-    as_shipped = faiss.cvar.distance_compute_blas_threshold
-    from patch_retriever.retrieval.index.factory import import_faiss
     from patch_retriever.retrieval.index.search import SavedIndex
 
-    import_faiss()
-    as_ours = faiss.cvar.distance_compute_blas_threshold
     faiss.omp_set_num_threads(threads)
     n, d, k = size["candidates"], size["dimension"], size["k"]
     queries_qd = unit_vectors(np.random.default_rng(1), size["queries"], d)
@@ -199,8 +195,7 @@ def search(root: str, out: str, size: dict[str, int], threads: int, repeats: int
         seconds: dict[str, list[float]] = {"ours": [], "bare": []}
         answers = {}
         for repeat in range(repeats + 1):
-            for name, index, setting in (("ours", ours, as_ours), ("bare", bare, as_shipped)):
-                faiss.cvar.distance_compute_blas_threshold = setting
+            for name, index in (("ours", ours), ("bare", bare)):
                 start = time.perf_counter()
                 answers[name] = index.search(queries_qd[:at_once], k)
                 if repeat:  # the first reads the mapped file

@@ -21,6 +21,7 @@ from patch_retriever.containers.hf_datasets import load
 from patch_retriever.containers.parquet import ParquetRows
 from patch_retriever.containers.tars import tar_members
 from patch_retriever.errors import UserError
+from patch_retriever.pictures import stores as picture_stores
 from patch_retriever.pictures.picture import PictureBytes
 from patch_retriever.pictures.stores import (
     ParquetColumn,
@@ -129,9 +130,10 @@ def test_many_names_are_opened_together_each_store_once(tmp_path, monkeypatch):
     by_store = [store(tmp_path) for store in (in_tar, in_struct_column, in_saved_dataset)]
     opened = []
     for name in ("tar_members", "ParquetColumn", "load"):
-        real = getattr(__import__("patch_retriever.pictures.stores").picture_stores, name)
+        real = getattr(picture_stores, name)
         monkeypatch.setattr(
-            f"patch_retriever.pictures.stores.{name}",
+            picture_stores,
+            name,
             lambda *args, real=real, name=name: (opened.append(name), real(*args))[1],
         )
     stores = PictureStores()

@@ -17,6 +17,8 @@ from patch_retriever.retrieval.index.factory import (
     default_search,
     factory_string,
     flat_vectors,
+    import_faiss,
+    matrix_products,
     new_index,
     sample_size,
     set_search,
@@ -161,3 +163,12 @@ def test_without_faiss_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(UserError, match="pip install faiss-cpu"):
         new_index("Flat", 4)
+
+
+def test_faiss_multiplies_matrices_while_ours_searches_and_is_as_before_then():
+    faiss = import_faiss()
+    before = faiss.cvar.distance_compute_blas_threshold
+    with pytest.raises(ZeroDivisionError), matrix_products():
+        assert faiss.cvar.distance_compute_blas_threshold == 4
+        raise ZeroDivisionError
+    assert faiss.cvar.distance_compute_blas_threshold == before

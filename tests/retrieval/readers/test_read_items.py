@@ -221,8 +221,10 @@ def test_pictures_of_a_corpus_open_again_by_their_names(tmp_path, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_picture_is_opened_or_read_for_the_corpus(tmp_path, layout, monkeypatch):
     source = layout(tmp_path)
-    for store in ("pictures.PictureFile", "picture_stores.ParquetPicture"):
-        monkeypatch.setattr(f"patch_retriever.{store}.read", lambda _: pytest.fail("it is read"))
+    for store in ("picture.PictureFile", "stores.ParquetPicture"):
+        monkeypatch.setattr(
+            f"patch_retriever.pictures.{store}.read", lambda _: pytest.fail("it is read")
+        )
     monkeypatch.setattr("PIL.Image.open", lambda *_: pytest.fail("it is opened"))
     assert len(list(read_corpus(source).items)) == len(EXPECTED)
 

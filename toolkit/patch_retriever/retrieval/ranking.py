@@ -176,7 +176,7 @@ def _best(
     k: int,
 ) -> NDArray[np.uint64]:
     """The k largest keys of a chunk of candidates and of those before."""
-    from patch_retriever.retrieval.index.factory import import_faiss
+    from patch_retriever.retrieval.index.factory import import_faiss, matrix_products
 
     faiss = import_faiss()
     if len(chunk_nd) <= 4 * k:
@@ -184,7 +184,8 @@ def _best(
         return _largest(np.concatenate([best_qk, keys_qn], axis=1), k)
     # the fast selection by score alone, and again where equal scores cross its end
     ip = faiss.METRIC_INNER_PRODUCT
-    top_qk, at_qk = faiss.knn(queries_qd, np.ascontiguousarray(chunk_nd), k + 1, metric=ip)
+    with matrix_products():
+        top_qk, at_qk = faiss.knn(queries_qd, np.ascontiguousarray(chunk_nd), k + 1, metric=ip)
     keys_qk = np.where(at_qk < 0, np.uint64(0), _keys(top_qk, orders_n[at_qk]))[:, :k]
     crossing = np.flatnonzero((top_qk[:, k] == top_qk[:, k - 1]) & (at_qk[:, k] >= 0))
     for start in range(0, len(crossing), _ROWS):

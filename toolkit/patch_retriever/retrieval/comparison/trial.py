@@ -185,8 +185,11 @@ class _Timed:
         self, queries_qd: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores and candidate numbers."""
+        from patch_retriever.retrieval.index.factory import matrix_products
+
         began = time.perf_counter()
-        found = self._index.search(np.ascontiguousarray(queries_qd), k)
+        with matrix_products():
+            found = self._index.search(np.ascontiguousarray(queries_qd), k)
         self.seconds += time.perf_counter() - began
         return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError, first_line
@@ -176,10 +177,7 @@ def to_gpu(index: faiss.Index) -> faiss.Index:
 
 
 def import_faiss() -> Any:
-    """FAISS, set to multiply matrices from a few queries on.
-
-    Version 1.15 by itself compares query by query below 128,000 numbers of queries (125 queries of
-    1,024 dimensions), which takes up to 14 times as long (recipes/benchmarks/search.py).
+    """FAISS.
 
     Raises:
         UserError: it is not installed.
@@ -190,8 +188,23 @@ def import_faiss() -> Any:
         raise UserError(
             "FAISS is not installed; pip install faiss-cpu (or faiss-gpu for an NVIDIA GPU)"
         ) from None
-    faiss.cvar.distance_compute_blas_threshold = 4
     return faiss
+
+
+@contextmanager
+def matrix_products() -> Iterator[None]:
+    """While this lasts, FAISS multiplies matrices from four queries on.
+
+    Version 1.15 by itself compares query by query below 128,000 numbers of queries (125 queries of
+    1,024 dimensions), which takes up to 14 times as long (recipes/benchmarks/search.py).
+    """
+    settings = import_faiss().cvar
+    before = settings.distance_compute_blas_threshold
+    settings.distance_compute_blas_threshold = 4
+    try:
+        yield
+    finally:
+        settings.distance_compute_blas_threshold = before
 
 
 def _inner(index: faiss.Index) -> Any:

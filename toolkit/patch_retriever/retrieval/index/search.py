@@ -10,7 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.index.factory import import_faiss, set_search, to_gpu
+from patch_retriever.retrieval.index.factory import (
+    import_faiss,
+    matrix_products,
+    set_search,
+    to_gpu,
+)
 from patch_retriever.retrieval.index.items import Items
 from patch_retriever.retrieval.index.manifest import MANIFEST, Manifest, check_parts
 from patch_retriever.retrieval.index.writing import load
@@ -72,10 +77,11 @@ class SavedIndex:
             empty = (len(queries_qd), k)
             return np.zeros(empty, np.float32), np.zeros(empty, np.int64)
         index = self._together()
-        found = [
-            index.search(queries_qd[start : start + QUERIES_AT_ONCE], k)
-            for start in range(0, len(queries_qd), QUERIES_AT_ONCE)
-        ]
+        with matrix_products():
+            found = [
+                index.search(queries_qd[start : start + QUERIES_AT_ONCE], k)
+                for start in range(0, len(queries_qd), QUERIES_AT_ONCE)
+            ]
         scores, numbers = zip(*found, strict=True)
         return np.concatenate(scores), np.concatenate(numbers)
 

@@ -192,12 +192,15 @@ class MtebRetriever(MtebEncoder):
         **_: Any,
     ) -> dict[str, dict[str, float]]:
         """The scores of the best `top_k` documents of every query, by their ids."""
+        from patch_retriever.retrieval.index.factory import matrix_products
+
         items = task_items(queries, task_metadata, "query")
         prompt = self._prompt(task_metadata, "query")
         queries_qd = self.encoder.embed(items, "query", prompt, encode_kwargs.get("batch_size", 32))
         if top_ranked is not None:
             return self._rank(items.ids, queries_qd, top_k, top_ranked)
-        scores_qk, numbers_qk = self._index.search(queries_qd, min(top_k, len(self._ids)))
+        with matrix_products():
+            scores_qk, numbers_qk = self._index.search(queries_qd, min(top_k, len(self._ids)))
         return {
             query: {
                 self._ids[number]: float(score)
