@@ -83,6 +83,21 @@ def test_the_table_holds_means_and_differences_of_all_rows(comparison):
     assert "centred: " not in text  # what has no costs of its own
 
 
+def test_columns_of_a_large_k_stay_apart(tasks):
+    comparison = compared({"i->t": tasks["i->t"]}, ("after", 0.2, True))
+    rows = []
+    for row in comparison.rows:
+        trials = {
+            t: replace(trial, metrics={f"{m}000": x for m, x in trial.metrics.items() if "@" in m})
+            for t, trial in row.trials.items()
+        }
+        rows.append(replace(row, trials=trials))
+    settings = Settings(cutoffs=(1000, 5000))
+    text = to_text(Comparison(comparison.tasks, tuple(rows), settings))
+    assert text.splitlines()[0].split() == ["R@1000", "R@5000", "nDCG@5000"]
+    assert any(line.split()[0] == "nDCG@5000" for line in text.splitlines()[1:] if line.strip())
+
+
 def test_of_one_model_there_is_nothing_to_compare(tasks):
     text = to_text(compared({"i->t": tasks["i->t"]}))
     assert "against" not in text and "overall" not in text and "difference" not in text

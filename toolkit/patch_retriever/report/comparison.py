@@ -59,10 +59,11 @@ def versions() -> dict[str, str]:
 def _means(comparison: Comparison) -> str:
     metrics = shown_metrics(comparison)
     width = 2 + max(len(name) for name in (*_names(comparison), *comparison.tasks))
-    lines = [" " * (width + 2) + "".join(f"{metric_name(m):>9}" for m in metrics)]
+    widths = {m: max(9, len(metric_name(m)) + 2) for m in metrics}
+    lines = [" " * (width + 2) + "".join(f"{metric_name(m):>{widths[m]}}" for m in metrics)]
 
     def line(name: str, row: Row, task: str | None) -> str:
-        values = "".join(f"{100 * row.mean(m, task):9.1f}" for m in metrics)
+        values = "".join(f"{100 * row.mean(m, task):{widths[m]}.1f}" for m in metrics)
         return f"  {name:<{width}}{values}"
 
     for task, held in comparison.tasks.items():
@@ -85,25 +86,26 @@ def _against(comparison: Comparison, row: Row) -> str:
     needs = f" (needs {row.needs})" if row.needs else ""
     lines = [f"{row.name} against {comparison.base.name}{needs}"]
     counted = "".join(f"{name:>7}" for name in ("won", "lost", "tied"))
-    lines.append(f"  {'task':<{width}}{'metric':<9}{'difference':>24}{'p':>9}{counted}")
     metrics = shown_metrics(comparison)
+    wide = 2 + max(7, *(len(metric_name(m)) for m in metrics))
+    lines.append(f"  {'task':<{width}}{'metric':<{wide}}{'difference':>24}{'p':>9}{counted}")
     found = {m: comparison.against_base(row, m) for m in metrics}
     several = len(comparison.tasks) > 1
     for task in comparison.tasks if row.plain or not several else ():
         for i, m in enumerate(metrics):
-            lines.append(_line(found[m][1][task], "" if i else task, m, width))
+            lines.append(_line(found[m][1][task], "" if i else task, m, width, wide))
     if several:
         for i, m in enumerate(metrics):
-            lines.append(_line(found[m][0], "" if i else "overall", m, width))
+            lines.append(_line(found[m][0], "" if i else "overall", m, width, wide))
     return "\n".join(lines)
 
 
-def _line(against: Against, task: str, metric: str, width: int) -> str:
+def _line(against: Against, task: str, metric: str, width: int, wide: int) -> str:
     d, tally = against.difference, against.tally
     change = f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
     p = p_text(against.p if against.p_holm is None else against.p_holm)
     counts = f"{tally.won:>7}{tally.lost:>7}{tally.tied:>7}"
-    return f"  {task:<{width}}{metric_name(metric):<9}{change:>24}{p:>9}{counts}"
+    return f"  {task:<{width}}{metric_name(metric):<{wide}}{change:>24}{p:>9}{counts}"
 
 
 def p_text(p: float) -> str:
