@@ -64,6 +64,11 @@ def test_the_table_is_aligned_and_every_item_has_one_line():
     assert Answer(Item("a bag"), ()).to_lines() == ["nothing found"]
 
 
+def test_what_a_terminal_would_obey_is_not_printed():
+    wild = Hit(1, 0.5, "a\n\tb", "\x1b[31mred\x07 é", None)
+    assert Answer(Item("a bag"), (wild,)).to_lines()[1] == "   1   0.5000  a b  [31mred é"
+
+
 @pytest.mark.parametrize(
     ("item", "asked"),
     [

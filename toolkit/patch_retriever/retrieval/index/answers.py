@@ -53,13 +53,17 @@ class Answer:
             return ["nothing found"]
         rows = [("rank", "score", "id", "text" if any(hit.text for hit in self.hits) else "")]
         for hit in self.hits:
-            text = " ".join((hit.text or "").split())
-            rows.append((str(hit.rank), f"{hit.score:.4f}", hit.id, text))
+            rows.append((str(hit.rank), f"{hit.score:.4f}", _line(hit.id), _line(hit.text or "")))
         widest = max(len(name) for _, _, name, _ in rows)
         return [
             f"{rank:>4}  {score:>7}  {name:<{widest}}  {text}".rstrip()
             for rank, score, name, text in rows
         ]
+
+
+def _line(said: str) -> str:
+    """On one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in said).split())
 
 
 def answer(
