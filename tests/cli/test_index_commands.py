@@ -180,7 +180,10 @@ def test_a_model_that_has_moved_is_named_with_m(index, models, tmp_path):
     values = json.loads(manifest.read_text())
     values["made_by"]["model"] = str(tmp_path / "gone")
     manifest.write_text(json.dumps(values))
-    assert error_line(invoke("search", index, "a bag")).startswith(f"{tmp_path / 'gone'}: no such")
+    for command in (("search", index, "a bag"), ("index", models, "-o", index, "--add")):
+        line = error_line(invoke(*command))
+        assert line.startswith(f"{tmp_path / 'gone'}: no such model folder, and it made {index}")
+        assert line.endswith("with -m")
     assert len(hits(index, "a bag", "-m", moved)[0]) == 10
 
 

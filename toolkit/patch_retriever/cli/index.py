@@ -68,13 +68,13 @@ def index(
     from patch_retriever.cli.progress import Narrator, quiet_libraries
     from patch_retriever.retrieval.encoder import load_encoder
     from patch_retriever.retrieval.index.indexing import IndexOptions, add_corpus, index_corpus
-    from patch_retriever.retrieval.index.manifest import MANIFEST, Manifest
+    from patch_retriever.retrieval.index.manifest import maker
     from patch_retriever.retrieval.readers.items import read_corpus
 
     if model is None:
         if not add:
             raise click.UsageError("name the model that encodes the items: -m MODEL")
-        model = Manifest.read(out / MANIFEST).made_by.model
+        model = maker(out)
     quiet_libraries()
     narrator = Narrator()
     corpus = read_corpus(source, skip_bad=skip_bad)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, lock, value_hash, write_json
+from patch_retriever.retrieval.encoder import BASE
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
@@ -182,6 +183,21 @@ class Manifest:
             raise UserError(f"{folder}: {why} ({MANIFEST} is missing)") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: damaged; index the items again") from None
+
+
+def maker(folder: Path) -> str:
+    """The model that made the index in `folder`, to be loaded.
+
+    Raises:
+        UserError: there is no index, or its model's folder is not there any more.
+    """
+    model = Manifest.read(folder / MANIFEST).made_by.model
+    path = Path(model.removesuffix(BASE))
+    if path.is_absolute() and not path.exists():
+        raise UserError(
+            f"{path}: no such model folder, and it made {folder}; name it where it is now with -m"
+        )
+    return model
 
 
 def check_parts(folder: Path, parts: tuple[Part, ...]) -> None:
