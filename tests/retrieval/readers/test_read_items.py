@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
@@ -64,6 +65,12 @@ def says(path: Path, *words: str) -> None:
 
 def test_a_missing_file_is_named(tmp_path):
     says(tmp_path / "nowhere.jsonl", "nowhere.jsonl: cannot be read")
+
+
+def test_a_picture_in_the_place_of_its_folder_is_named(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (4, 4)).save(path)
+    says(path, "a.jpg: a picture; give the folder that it lies in")
 
 
 def test_an_empty_folder_is_named(tmp_path):

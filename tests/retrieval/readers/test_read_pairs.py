@@ -165,7 +165,8 @@ def test_a_row_that_is_no_object_is_named_with_its_line(photo_folder, line):
 
 
 def test_a_file_that_is_no_text_is_named(photo_folder):
-    says(photo_folder / "0.png", "0.png: cannot be read", "not a UTF-8 text file")
+    path = (photo_folder / "0.png").rename(photo_folder / "0.jsonl")
+    says(path, "0.jsonl: cannot be read", "not a UTF-8 text file")
 
 
 @pytest.mark.parametrize("text", ["", "  \n", None, 7, [], ["a", " "], ["a", 7]])

@@ -73,7 +73,7 @@ def test_fewer_than_fifty_pairs_are_enough_to_test_on(photo_folder):
     path = photo_folder / "pairs.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:3]))
     assert len(read_tasks(str(path), ReadOptions(split="all"))[0].queries) == 3
-    says(path, "3 usable pairs, at least 50")
+    says(path, "3 usable pairs, at least 50 are needed to split them; --split all takes all")
     says(path, "no split 'dev'; pairs have calibration, validation, test, all", split="dev")
 
 

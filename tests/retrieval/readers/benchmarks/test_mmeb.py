@@ -199,7 +199,8 @@ def test_a_bad_row_is_named_and_can_be_skipped(mmeb, changed, what):
 def test_what_is_not_there(mmeb):
     assert "no Parquet files" in refused(mmeb / "images")
     assert "no split original" in refused(mmeb / "ImageNet-1K", split="original")
-    assert "no Parquet" in refused(f"{mmeb}#Nothing")
+    line = refused(f"{mmeb}#Nothing")
+    assert f"{mmeb}: no dataset Nothing of MMEB here; there are ImageNet-1K" in line
     (mmeb / "images").rename(mmeb / "elsewhere")
     assert "--images" in refused(mmeb)
 

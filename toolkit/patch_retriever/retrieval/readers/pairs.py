@@ -123,8 +123,12 @@ def read_pairs_tasks(location: str, options: ReadOptions) -> list[RetrievalTask]
         options.image_column, options.text_column, options.images, options.allow_urls
     )
     whole = options.split == "all"
-    least = 1 if whole else MIN_PAIRS
-    read = read_pairs(location, options.skip_bad, reading=reading, least=least)
+    read = read_pairs(location, options.skip_bad, reading=reading, least=1)
+    if not whole and len(read.pairs) < MIN_PAIRS:
+        raise UserError(
+            f"{location}: {len(read.pairs)} usable pairs, at least {MIN_PAIRS} are needed to split "
+            "them; --split all takes all of them, where they are there for testing only"
+        )
     pairs = read.pairs if whole else split_pairs(read.pairs, options.seed)[options.split]
     tasks = pairs_collection(options.split, pairs).retrieval_tasks()
     return [replace(task, skipped=read.skipped) for task in tasks]

@@ -68,12 +68,16 @@ def read_mmeb(location: str, options: ReadOptions) -> list[RetrievalTask]:
     folder = Path(root)
     if not folder.is_dir() and is_hub_id(root):
         folder = fetch_parquet(root, name or None)
+    held = sorted(path for path in folder.glob("*/") if list(path.glob("*.parquet")))
+    if name and held and folder / name not in held:
+        there = ", ".join(path.name for path in held)
+        raise UserError(f"{folder}: no dataset {name} of MMEB here; there are {there}")
     if name:
         folders = [folder / name]
     elif list(folder.glob("*.parquet")):
         folders = [folder]
     else:
-        folders = sorted(path for path in folder.glob("*/") if list(path.glob("*.parquet")))
+        folders = held
     if not folders:
         raise UserError(f"{location}: no Parquet files of MMEB here")
     return [_read_dataset(path, options) for path in folders]

@@ -109,4 +109,8 @@ def _files(paths: list[Path], reading: Reading) -> Source:
         return TarShards(paths, reading)
     if len(paths) > 1:
         raise UserError(f"{paths[0]}: several files are read together if all are Parquet or tar")
+    if suffixes <= set(PICTURE_SUFFIXES):
+        raise UserError(
+            f"{paths[0]}: a picture; give the folder that it lies in, or a file of rows"
+        )
     return (Csv if suffixes <= {".csv", ".tsv"} else JsonLines)(paths[0], reading)
