@@ -354,6 +354,10 @@ def test_a_missing_settings_file_is_named(tmp_path, out):
         (["evaluate", "x", "--k", "0"], "--k"),
         (["evaluate", "x", "--k", "1,ten"], "--k"),
         (["evaluate", "x", "--pairs", "y"], "--pairs"),
+        (["evaluate", "x", "--html", "/"], "--html"),
+        (["evaluate", "x", "--calibration", "y"], "--baselines"),
+        (["search", "x", "a bag", "--html", "/"], "--html"),
+        (["encode", "x", "y", "-o", "/"], "--out"),
         (["encode", "x", "y", "-o", "z", "--batch-size", "0"], "--batch-size"),
         (["encode", "x", "y", "-o", "z", "--as", "poem"], "--as"),
         (["info"], "FOLDER"),
@@ -490,7 +494,7 @@ def test_encode_names_a_model_that_takes_no_pictures(text_only, items, tmp_path)
 @pytest.mark.parametrize("out_name", ["a.png/out.npy", "."])
 def test_encode_names_a_file_that_cannot_be_written(finished_build, items, tmp_path, out_name):
     line = fails("encode", finished_build, items, "-o", tmp_path / out_name)
-    assert line.startswith(str(tmp_path / out_name))
+    assert str(tmp_path / out_name) in line
 
 
 # in fresh processes, with all that libraries may say

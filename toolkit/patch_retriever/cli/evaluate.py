@@ -115,7 +115,9 @@ def _reading(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Of these tasks; benchmarks call it train.",
 )
-@click.option("--html", type=click.Path(path_type=Path), help="An HTML page to write.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="An HTML page to write."
+)
 @click.option(
     "-o",
     "--out",
@@ -170,6 +172,8 @@ def evaluate(
     from patch_retriever.retrieval.comparison.result import Settings
     from patch_retriever.retrieval.readers.options import ReadOptions
 
+    if calibration and not baselines:
+        raise click.UsageError("--calibration is for the statistics of --baselines; give both")
     quiet_libraries()
     narrator = Narrator(silent=as_json)
     names = (against, *models) if against else models

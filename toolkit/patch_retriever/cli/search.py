@@ -26,7 +26,11 @@ from patch_retriever.cli import options
 @click.option("-m", "--model", help="The model that made INDEX, where it is not there any more.")
 @click.option("--nprobe", type=click.IntRange(1), help="Lists to look into (IVF).")
 @click.option("--ef-search", type=click.IntRange(1), help="Neighbours to keep in view (HNSW).")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with thumbnails.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a page with thumbnails.",
+)
 @options.device
 @options.items_per_pass
 @options.as_json
@@ -54,7 +58,7 @@ def search(
     from patch_retriever.items import Item
     from patch_retriever.retrieval.encoder import load_encoder
     from patch_retriever.retrieval.index.answers import answer
-    from patch_retriever.retrieval.index.manifest import MANIFEST, Manifest
+    from patch_retriever.retrieval.index.manifest import maker
     from patch_retriever.retrieval.index.search import SavedIndex
     from patch_retriever.retrieval.readers.items import read_corpus
 
@@ -67,7 +71,7 @@ def search(
         if item.picture is not None:
             item.picture.open()  # a bad picture is said before any work
     quiet_libraries()
-    encoder = load_encoder(model or Manifest.read(index / MANIFEST).made_by.model, device)
+    encoder = load_encoder(model or maker(index), device)
     opened = SavedIndex(index, encoder, gpu=device.startswith("cuda"))
     settings = {"nprobe": nprobe, "efSearch": ef_search}
     answers = answer(
