@@ -10,7 +10,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from commands import invoke
+from commands import error_line, invoke
 
 ONLY = ("--n", 8, "--only", "i->i", "--only", "t->i short")
 
@@ -91,3 +91,20 @@ def test_a_page_alone_and_a_cache_elsewhere(finished_build, photo_folder, tmp_pa
     assert "i->t (5 queries, 18 candidates)" in result.stdout
     assert "nothing to encode" in result.stdout
     assert page.is_file()
+
+
+@pytest.mark.parametrize("factory", ["nonsense", "PQ7", "IVF9999,Flat"])
+def test_an_index_that_cannot_be_made_is_refused_before_anything_is_encoded(
+    finished_build, tmp_path, factory
+):
+    cache = tmp_path / "cache"
+    args = ("evaluate", finished_build, "--n", 5, "--index", factory, "--cache", cache)
+    assert error_line(invoke(*args)).startswith(f"index {factory!r}")
+    assert not cache.exists()
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(finished_build, tmp_path):
+    (tmp_path / "a").touch()
+    for option in ("-o", "--cache"):
+        line = error_line(invoke("evaluate", finished_build, option, tmp_path / "a"))
+        assert "is a file" in line

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
-from patch_retriever.retrieval.encode import encode_file
+from patch_retriever.retrieval.encode import encode_file, readable
 from patch_retriever.retrieval.encoder import load_encoder
 
 
@@ -83,3 +83,13 @@ def test_progress_counts_batches(items, tmp_path, model):
 
     encode_file(model, items, tmp_path / "out.npy", "document", 2, progress)
     assert seen == [(3, [0, 2, 4])]
+
+
+def test_items_whose_picture_cannot_be_opened_are_named(items, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    gone = [Item(picture=PictureFile(tmp_path / name)) for name in ("cut.png", "none.png")]
+    kept, skipped = readable([items[0], gone[0], *items[1:3], gone[1]])
+    assert kept == [0, 2, 3]
+    cut, none = skipped
+    assert cut.startswith(f"{tmp_path / 'cut.png'}: not a readable image")
+    assert none.startswith(f"{tmp_path / 'none.png'}: no such image file")

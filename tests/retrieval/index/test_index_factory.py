@@ -7,13 +7,15 @@ import re
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.errors import UserError
 from patch_retriever.retrieval.index import factory
+from patch_retriever.retrieval.index.build import build_index
 from patch_retriever.retrieval.index.factory import (
     NAMES,
+    check_factory,
     default_search,
     factory_string,
     flat_vectors,
@@ -172,3 +174,30 @@ def test_faiss_multiplies_matrices_while_ours_searches_and_is_as_before_then():
         assert faiss.cvar.distance_compute_blas_threshold == 4
         raise ZeroDivisionError
     assert faiss.cvar.distance_compute_blas_threshold == before
+
+
+@pytest.mark.parametrize(
+    ("string", "n", "words"),
+    [
+        ("nonsense", 1000, "FAISS makes no index of 16 dimensions"),
+        ("PQ7", 1000, "FAISS makes no index of 16 dimensions"),
+        ("IVF64,Flat", 63, "cannot be trained on 63 items"),
+        ("PQ4x8", 255, "cannot be trained on 255 items"),
+        ("RR16,IVF4,PQ4x8", 255, "cannot be trained on 255 items"),
+    ],
+)
+def test_an_index_that_cannot_be_made_is_refused_before_its_vectors_are(string, n, words):
+    with pytest.raises(UserError, match=words) as raised:
+        check_factory(string, n, 16)
+    assert "\n" not in str(raised.value)
+
+
+@given(st.sampled_from([*NAMES, "IVF4,Flat", "PQ4x4", "OPQ4,PQ4x4", "HNSW8"]), st.integers(16, 600))
+@settings(deadline=None, max_examples=30)
+def test_what_is_not_refused_can_be_made(name, n):
+    try:
+        check_factory(name, n, 16)
+    except UserError:
+        return
+    rows = np.random.default_rng(0).normal(size=(n, 16)).astype(np.float32)
+    assert build_index(rows, name, 16).ntotal == n

@@ -374,11 +374,12 @@ def test_with_no_usable_item_there_is_no_index(tmp_path):
         make(tmp_path / "ix", source=source, skip_bad=True)
 
 
-def test_a_factory_that_does_not_fit_loses_no_vector(tmp_path):
+def test_a_factory_that_does_not_fit_is_refused_before_anything_is_encoded(tmp_path):
     encoder = ToyEncoder()
     with pytest.raises(UserError, match="index 'IVF500,Flat': cannot be trained on 100 items"):
         make(tmp_path / "ix", encoder, factory="IVF500,Flat")
-    assert make(tmp_path / "ix", encoder, factory="flat").encoded == 0
+    assert not (tmp_path / "ix").exists()
+    assert make(tmp_path / "ix", encoder, factory="flat").encoded == 100
     assert_exact(tmp_path / "ix", corpus(*range(100)))
 
 

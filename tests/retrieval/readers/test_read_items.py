@@ -376,3 +376,13 @@ def test_a_header_that_is_no_csv_is_named(tmp_path):
     assert [item.text for item in read_corpus(tmp_path / "a.csv").items] == ["a"]
     (tmp_path / "a.csv").write_text("text,text\na,b\n")
     says(tmp_path / "a.csv", "a.csv: two columns are called 'text'")
+
+
+def test_an_id_that_is_no_name_is_a_bad_row_and_a_whole_number_is_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"id": 5.0, "text": "a"}, {"id": 1.5, "text": "b"}, {"id": None, "text": "c"}]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the id 1\.5 is no text or integer"):
+        read_corpus(str(path))
+    corpus = read_corpus(str(path), skip_bad=True)
+    assert list(corpus.ids) == ["5", "a.jsonl:3"]

@@ -41,13 +41,21 @@ def encode(
     patch-retriever encode demo questions.jsonl --as query -o questions.npy
     """
     from patch_retriever.cli.progress import Narrator, quiet_libraries
-    from patch_retriever.retrieval.encode import encode_file
+    from patch_retriever.lazy import Lazy
+    from patch_retriever.retrieval.encode import encode_file, readable
     from patch_retriever.retrieval.encoder import load_encoder
     from patch_retriever.retrieval.readers.items import read_corpus
 
     quiet_libraries()
+    narrator = Narrator()
     corpus = read_corpus(items, skip_bad)
+    chosen, skipped = corpus.items, list(corpus.skipped)
+    if skip_bad:
+        kept, unreadable = readable(corpus.items, narrator.progress)
+        chosen, skipped = Lazy(kept, corpus.items.__getitem__), skipped + unreadable
     encoder = load_encoder(model, device)
-    shape = encode_file(encoder, corpus.items, out, role, batch_size, Narrator().progress)
-    left_out = f", {len(corpus.skipped)} bad rows left out" if corpus.skipped else ""
+    shape = encode_file(encoder, chosen, out, role, batch_size, narrator.progress)
+    for line in skipped:
+        click.echo(f"left out: {line}", err=True)
+    left_out = f", {len(skipped)} left out" if skipped else ""
     click.echo(f"{out}: {shape[0]} embeddings of {shape[1]} dimensions{left_out}")

@@ -121,13 +121,13 @@ def _reading(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the page, all figures, every query's scores and the embeddings; "
     "the same command goes on where it stood.",
 )
 @click.option(
     "--cache",
-    type=click.Path(path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Folder of embeddings.  [default: OUT/embeddings, or none]",
 )
 @options.device

@@ -8,12 +8,30 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patch_retriever.errors import UserError
 from patch_retriever.files import write
 from patch_retriever.items import Item
 from patch_retriever.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
+
+
+def readable(
+    items: Sequence[Item], progress: Progress = no_progress
+) -> tuple[list[int], list[str]]:
+    """Numbers of the items whose pictures can be opened, and a line for each of the others."""
+    kept: list[int] = []
+    skipped: list[str] = []
+    for i in progress(range(len(items)), len(items)):
+        picture = items[i].picture
+        try:
+            if picture is not None:
+                picture.open()
+            kept.append(i)
+        except UserError as error:
+            skipped.append(str(error))
+    return kept, skipped
 
 
 def encode_file(

@@ -223,8 +223,9 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
     try:
         return Encoder(SentenceTransformer(path, device=device), name)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        nowhere = "" if Path(path).exists() else "no such folder here, and from the hub: "
         reason = first_line(error)
-        raise UserError(f"{name}: cannot be loaded ({reason})") from error
+        raise UserError(f"{name}: cannot be loaded ({nowhere}{reason})") from error
 
 
 def check_model(name: str) -> None:
@@ -236,6 +237,11 @@ def check_model(name: str) -> None:
     folder = Path(name)
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{name}: no such model folder")
+    if "@" in name and not folder.exists():
+        raise UserError(
+            f"{name}: no such model; {BASE} after a folder that `build` made names its backbone "
+            "and readout without the patch"
+        )
     if folder.is_dir() and not (
         {p.name for p in folder.iterdir()} & {"modules.json", "config.json"}
     ):

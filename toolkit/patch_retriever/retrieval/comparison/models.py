@@ -15,6 +15,7 @@ from patch_retriever.retrieval.comparison.bench import Bench
 from patch_retriever.retrieval.comparison.result import Comparison, Row, Settings
 from patch_retriever.retrieval.comparison.trial import Trial
 from patch_retriever.retrieval.encoder import BASE, Encoder, check_model, load_encoder
+from patch_retriever.retrieval.index.factory import check_factory
 from patch_retriever.retrieval.tasks import RetrievalTask
 from patch_retriever.runs import MARKER, is_ours
 
@@ -52,6 +53,8 @@ def compare_models(
         UserError: a model does not load or does not take a task's items, an item cannot be read,
             or the disk is full. What is encoded and searched by then stays.
     """
+    if len(set(names)) < len(names):
+        say("a model that is named twice is compared once")
     names = list(dict.fromkeys(names))
     for name in names:
         check_model(name.removesuffix(BASE))
@@ -61,6 +64,9 @@ def compare_models(
     for name in names:
         say(f"{name}: encoding and searching")
         encoder = load_encoder(name, device)
+        if settings.index:
+            for task in tasks.values():
+                check_factory(settings.index, len(task.candidate_ids), encoder.dimension)
         corrections: list[Baseline | None] = [None]
         if settings.baselines and name == names[0]:
             corrections += baselines(bool(calibration))

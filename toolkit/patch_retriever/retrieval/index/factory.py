@@ -78,6 +78,32 @@ def new_index(factory: str, dimension: int) -> faiss.Index:
     return index
 
 
+def check_factory(factory: str, n: int, dimension: int) -> None:
+    """Refuse an index that cannot be made of n items, before they are encoded.
+
+    Raises:
+        UserError: FAISS does not understand the string, it does not fit the dimension, or it wants
+            more items to train on.
+    """
+    string = factory_string(factory, n, dimension)
+    index = new_index(string, dimension)
+    ivf = _ivf(index)
+    lists = 0 if ivf is None else ivf.nlist
+    quantizer = getattr(_inner(index) if ivf is None else ivf, "pq", None)
+    wanted = max(lists, 0 if quantizer is None else quantizer.ksub)
+    if string.startswith("OPQ"):  # its rotation is learned with a quantizer of eight bits
+        wanted = max(wanted, 256)
+    if n < wanted:
+        raise _too_few(string, n, f"it wants {wanted} at least")
+
+
+def _too_few(factory: str, n: int, reason: str) -> UserError:
+    return UserError(
+        f"index {factory!r}: cannot be trained on {n} items ({reason}); take flat or hnsw for so "
+        "few, or fewer lists"
+    )
+
+
 def train(index: faiss.Index, sample_td: NDArray[np.float32], factory: str) -> None:
     """Train `index` on a sample of what it will hold.
 
@@ -87,10 +113,7 @@ def train(index: faiss.Index, sample_td: NDArray[np.float32], factory: str) -> N
     try:
         index.train(sample_td)
     except RuntimeError as error:
-        raise UserError(
-            f"index {factory!r}: cannot be trained on {len(sample_td)} items "
-            f"({_reason(error)}); take flat or hnsw for so few, or fewer lists"
-        ) from None
+        raise _too_few(factory, len(sample_td), _reason(error)) from None
 
 
 def sample_size(index: faiss.Index) -> int:

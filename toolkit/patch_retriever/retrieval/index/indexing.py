@@ -26,7 +26,7 @@ from patch_retriever.retrieval.embeddings import (
     open_store,
 )
 from patch_retriever.retrieval.encoder import Encoder, Role
-from patch_retriever.retrieval.index.factory import factory_string
+from patch_retriever.retrieval.index.factory import check_factory, factory_string
 from patch_retriever.retrieval.index.items import Entry, Items
 from patch_retriever.retrieval.index.manifest import (
     EMBEDDINGS,
@@ -95,6 +95,7 @@ def index_corpus(
     """
     made_by = MadeBy.of(encoder, options.role)
     _check_free(folder, made_by)
+    check_factory(options.factory, len(corpus.ids), encoder.dimension)
     with ExitStack() as stack:
         stack.enter_context(changing(folder, new=True))
         store = stack.enter_context(open_store(folder / EMBEDDINGS, encoder, options.role, say=say))
@@ -153,6 +154,8 @@ def add_corpus(
         stack.enter_context(changing(folder))
         start = Manifest.read(folder / MANIFEST)
         start.made_by.check(folder, encoder)
+        # the same model, perhaps in another place now
+        start = replace(start, made_by=MadeBy.of(encoder, cast("Role", start.made_by.role)))
         check_parts(folder, start.parts)
         there = Items(folder, start.shards).find(corpus.ids)
         new = _New(corpus, there)

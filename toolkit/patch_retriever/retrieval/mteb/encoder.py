@@ -164,8 +164,10 @@ class MtebRetriever(MtebEncoder):
             UserError: the index cannot be made of such a corpus, or the disk is full.
         """
         from patch_retriever.retrieval.index.build import build_index
+        from patch_retriever.retrieval.index.factory import check_factory
 
         items = task_items(corpus, task_metadata, "document")
+        check_factory(self._factory, len(items), self.encoder.dimension)
         self._ids = items.ids
         self._folder = TemporaryDirectory()  # and the corpus before this one is deleted
         path = Path(self._folder.name) / "corpus.f32"

@@ -112,13 +112,17 @@ class Reading:
     ) -> Row:
         """A record with named values that lies in `folder`; `other_id` is for one without an id."""
         own = _value(record, ID_COLUMNS)
-        own_id = str(own) if isinstance(own, str | int) and str(own) else other_id
+        if isinstance(own, float) and own.is_integer():  # how pandas writes integers with gaps
+            own = int(own)
+        own_id = other_id if own in (None, "") or own != own else str(own)
         text = self.text(record)
         value = _value(record, self.image_columns)
         try:
             picture = self.picture(value, folder)
         except UserError as error:
             return Row(where, key, own_id, text=text, fault=f"{where}: {error}")
+        if own_id != other_id and not isinstance(own, str | int):
+            return Row(where, key, own_id, fault=f"{where}: the id {own!r} is no text or integer")
         unusable = None if picture is not None else value
         return Row(where, key, own_id, picture, text, unusable)
 
