@@ -8,6 +8,7 @@ own class reads them when the model is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from families.gemma import gemma3, paligemma2
@@ -38,3 +39,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "internvl": ("torchvision",),
 }
 """The video half of these processors cannot be made without them."""
+
+
+def missing(name: str) -> list[str]:
+    """The packages that a family's processor needs and that are not installed."""
+    return [package for package in NEEDS.get(name, ()) if find_spec(package) is None]

@@ -25,7 +25,8 @@ GEMMA3_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}
 """
-_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
+_TURNS = {"start_of_turn": "<start_of_turn>", "end_of_turn": "<end_of_turn>"}
+_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *_TURNS.values())
 _HEADS = {**TEXT, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 256}
 
 
@@ -47,6 +48,7 @@ def gemma3(folder: Path) -> None:
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
+            **{f"{name}_token": token for name, token in _TURNS.items()},
         },
     )
     ids = tokenizer.convert_tokens_to_ids

@@ -165,9 +165,9 @@ def internvl(folder: Path) -> None:
         "image_processor_type": "GotOcr2ImageProcessor",
         "processor_class": "InternVLProcessor",
         "size": size,
-        "crop_to_patches": False,
+        "crop_to_patches": True,
         "min_patches": 1,
-        "max_patches": 2,
+        "max_patches": 3,
     }
     video_processor = {"video_processor_type": "InternVLVideoProcessor", "size": size}
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": 4}

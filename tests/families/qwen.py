@@ -121,4 +121,6 @@ def qwen3_vl(folder: Path) -> None:
         "video_processor_type": "Qwen3VLVideoProcessor",
     }
     template = TEMPLATE.replace("@system@", "")
-    save(folder, Qwen3VLForConditionalGeneration, Qwen3VLConfig(**values), tokenizer, files, template)
+    save(
+        folder, Qwen3VLForConditionalGeneration, Qwen3VLConfig(**values), tokenizer, files, template
+    )

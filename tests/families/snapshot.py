@@ -46,7 +46,8 @@ def byte_level(*special: str) -> dict[str, Any]:
 def sentence_piece(*special: str) -> dict[str, Any]:
     """`vocab` and `merges` of a small BPE with a fallback to bytes (Llama 2, Gemma)."""
     bpe = Tokenizer(models.BPE(byte_fallback=True))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    lines, words = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     return _trained(bpe, (*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\n"), ["▁"])
 
 
