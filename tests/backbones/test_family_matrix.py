@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, NEEDS, missing
 from PIL import Image
 
+from families import FAMILIES, NEEDS, missing
 from patch_retriever.backbones.families import decoder_path, image_token_id, residual_norm
 from patch_retriever.backbones.inputs import ROLES, TokenRoles, image_grids
 from patch_retriever.backbones.load import load_backbone, set_readout, with_readout

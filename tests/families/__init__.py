@@ -1,4 +1,4 @@
-"""Stand-ins for real MLLMs: small random models of each family's own classes, on disk as on the hub.
+"""Stand-ins for real MLLMs: small random models of each family's classes, on disk as on the hub.
 
 `FAMILIES[name](folder)` writes one; `NEEDS[name]` are the packages that its processor needs beyond
 ours. Nothing here makes a processor: its files are written as the hub has them, and transformers'

@@ -7,15 +7,17 @@ from pathlib import Path
 from families.snapshot import TEXT, VISION, byte_level, save, sentence_piece
 
 LLAVA_TEMPLATE = """\
-{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}\
-{% endif %}{# Render all images first #}\
+{% for message in messages %}\
+{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}\
+{# Render all images first #}\
 {% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}\
 {% endfor %}{# Render all text next #}\
 {% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
 {{ content['text'] + ' '}}{% endfor %}{% endfor %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 ONEVISION_TEMPLATE = """\
-{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}{# Render all images first #}\
+{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}\
+{# Render all images first #}\
 {% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}\
 {% endfor %}{# Render all text next #}\
 {% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\

@@ -56,9 +56,9 @@ class TokenRoles:
         self._image = image_token_id(transformer.config)
         tokenizer: Any = transformer.tokenizer
         self._special = torch.tensor(sorted(tokenizer.all_special_ids))
-        *pairs, self._image_alone = self._written(transformer)
+        texts, both, (self._image_alone,) = self._written(transformer)
         self._ends = {}
-        for has_image, a, b in ((False, *pairs[:2]), (True, *pairs[2:])):
+        for has_image, (a, b) in ((False, texts), (True, both)):
             tail = _shared(a[::-1], b[::-1])
             words = sum(1 for _ in takewhile(lambda t: t not in self._special, a[len(a) - tail :]))
             self._ends[has_image] = _shared(a, b), tail, tail - words
@@ -87,20 +87,23 @@ class TokenRoles:
         roles_nt[~mask_nt] = ROLES.index("special")
         return roles_nt
 
-    def _written(self, transformer: Transformer) -> list[list[int]]:
-        """Token ids after the image, if any, of two texts, of both with an image, of an image."""
+    def _written(self, transformer: Transformer) -> list[list[list[int]]]:
+        """Token ids after the image, if any: of two texts, of both with an image, of an image."""
         from PIL import Image
 
-        picture = {"type": "image", "image": Image.new("RGB", (64, 64))}
+        image = {"type": "image", "image": Image.new("RGB", (64, 64))}
         texts = [{"type": "text", "text": text} for text in ("one", "two other words")]
-        contents = [*([text] for text in texts), *([picture, text] for text in texts), [picture]]
-        features = transformer.preprocess([[{"role": "user", "content": c}] for c in contents])
-        written = []
-        for ids_t, mask_t in zip(features["input_ids"], features["attention_mask"], strict=True):
-            ids = ids_t[mask_t.bool()].tolist()
-            written.append(
-                ids[len(ids) - ids[::-1].index(self._image) :] if self._image in ids else ids
-            )
+        kinds = [[text] for text in texts], [[image, text] for text in texts], [[image]]
+        written: list[list[list[int]]] = []
+        for contents in kinds:
+            features = transformer.preprocess([[{"role": "user", "content": c}] for c in contents])
+            written.append([])
+            for ids_t, mask_t in zip(
+                features["input_ids"], features["attention_mask"].bool(), strict=True
+            ):
+                ids = ids_t[mask_t].tolist()
+                last = max((i for i, token in enumerate(ids) if token == self._image), default=-1)
+                written[-1].append(ids[last + 1 :])
         return written
 
 
