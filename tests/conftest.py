@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import pytest
 import torch
+
+from families.vision_operators import use_torchvision
+
+use_torchvision()
 
 SMALL_SCENES = {"calibration": 24, "validation": 20, "test": 24}
 SMALL_SAE = {"expansion": 4, "k": 8, "steps": 40, "batch_size": 256}
@@ -70,6 +75,22 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random-llava")
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`stand_in("qwen2-vl")` is the folder of that family's small random model."""
+    from functools import cache
+
+    from families import FAMILIES
+
+    @cache
+    def folder(name: str) -> Path:
+        made = tmp_path_factory.mktemp("families") / name
+        FAMILIES[name](made)
+        return made
+
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 BUILT_IN = "tiny-mllm"
 """Name of the model that ships with the project (checkpoints/tiny-mllm)."""
+_MISSING = re.compile(
+    r"requires the (\S+) library but it was not found|Package `(\S+)` is required"
+)
+"""How transformers says that a processor lacks a package (torchvision for video, num2words)."""
 
 
 def built_in_model() -> Path:
@@ -45,7 +50,7 @@ def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu"
         device: torch device.
 
     Raises:
-        UserError: nothing is there, it is no model, or it takes no images.
+        UserError: nothing is there, it is no model, it takes no images, or a package is missing.
     """
     path = str(built_in_model()) if name_or_path == BUILT_IN else name_or_path
     check_folder(path)
@@ -58,6 +63,12 @@ def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu"
             transformer = Transformer(path, model_kwargs={"dtype": getattr(torch, dtype)})
         except Exception as error:  # damaged files make the libraries raise almost anything
             reason = first_line(error)
+            if package := _MISSING.search(reason):
+                name = (package[1] or package[2]).lower()
+                raise UserError(
+                    f"{name_or_path}: its processor needs a package that is not installed; "
+                    f"pip install {name}"
+                ) from error
             raise UserError(f"{name_or_path}: cannot be loaded as a model ({reason})") from error
     modalities = [str(m) for m in transformer.modalities]
     if image_token_id(transformer.config) is None or "image" not in " ".join(modalities):

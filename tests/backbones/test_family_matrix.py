@@ -1,0 +1,260 @@
+"""Every model family, from its own classes and processor to embeddings, roles and sites."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from families import FAMILIES, NEEDS, missing
+from patch_retriever.backbones.families import decoder_path, image_token_id, residual_norm
+from patch_retriever.backbones.inputs import ROLES, TokenRoles, image_grids
+from patch_retriever.backbones.load import load_backbone, set_readout, with_readout
+from patch_retriever.backbones.readout import (
+    LAST,
+    ONE_WORD,
+    PAPER,
+    PAPER_READOUT,
+    PLAIN,
+    Prompt,
+    Readout,
+)
+from patch_retriever.errors import UserError
+from patch_retriever.items import Item
+from patch_retriever.probe import Probe
+
+REFUSED = {
+    name: "its processor has no chat template, which the readout's prompt is written into; "
+    "save the processor with one (processor.chat_template = ...)"
+    for name in ("paligemma2", "chameleon")
+}
+LOADED = [name for name in FAMILIES if name not in REFUSED]
+READOUTS = (PAPER_READOUT, Readout(ONE_WORD, pooling="lasttoken"))
+LAYERS = ("layers.0", "layers.1", "layers.2")
+by_readout = pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: readout.prompt.name)
+by_prompt = pytest.mark.parametrize("prompt", (PLAIN, PAPER, ONE_WORD), ids=lambda p: p.name)
+
+
+class Striped:
+    """A picture of two colours."""
+
+    def __init__(self, width: int, height: int, colour: str) -> None:
+        self.name = f"{width} x {height} {colour}"
+        self.size, self.colour = (width, height), colour
+
+    def open(self):
+        picture = Image.new("RGB", self.size, self.colour)
+        picture.paste("white", (0, 0, self.size[0] // 3, self.size[1]))
+        return picture
+
+
+SQUARE, TALL, WIDE = Striped(60, 60, "red"), Striped(40, 120, "blue"), Striped(90, 60, "green")
+ITEMS = {
+    "text": [Item("a cat"), Item("two small dogs on a mat, asleep")],
+    "image": [Item(picture=SQUARE), Item(picture=TALL), Item(picture=WIDE)],
+    "both": [Item("a cat", TALL), Item("two small dogs on a mat, asleep", SQUARE)],
+}
+KINDS = {**ITEMS, "mixed": [item for items in ITEMS.values() for item in items]}
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def loaded(stand_in, name):
+    if lacking := missing(name):
+        pytest.skip(f"{name}: its processor needs {', '.join(lacking)}; see vision_operators.py")
+    return load_backbone(str(stand_in(name)))
+
+
+@pytest.fixture(scope="module", params=LOADED)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def transformer(stand_in, name):
+    return loaded(stand_in, name)
+
+
+@pytest.fixture(scope="module")
+def probed(stand_in, name):
+    """A second copy, which nnsight wraps, and its probe."""
+    transformer = loaded(stand_in, name)
+    return transformer, Probe(transformer)
+
+
+def preprocessed(transformer, items):
+    return transformer.preprocess([item.load() for item in items])
+
+
+@by_readout
+@by_kind
+def test_embeddings_are_finite_and_of_one_item_alone(transformer, readout, kind):
+    model = with_readout(transformer, readout)
+    chats = [item.load() for item in KINDS[kind]]
+    found_nd = model.encode(chats)
+    assert found_nd.shape == (len(chats), 32)
+    assert np.isfinite(found_nd).all()
+    assert np.array_equal(found_nd, model.encode(chats))
+    for found_d, chat in zip(found_nd, chats, strict=True):
+        assert np.abs(model.encode([chat])[0] - found_d).max() < 1e-5
+    for a_d, b_d in combinations(found_nd, 2):
+        assert np.abs(a_d - b_d).max() > 1e-4, "two items with one embedding"
+
+
+def test_the_order_of_a_batch_does_not_matter(transformer):
+    model = with_readout(transformer, PAPER_READOUT)
+    chats = [item.load() for item in KINDS["mixed"]]
+    backward_nd = model.encode(chats[::-1])[::-1]
+    assert np.abs(model.encode(chats) - backward_nd).max() < 1e-5
+
+
+def hooked(transformer, features, modules):
+    """What `modules` (name -> module) give, by plain forward hooks; and the model's own end."""
+    found = {}
+
+    def keep(name):
+        def hook(_module, _inputs, output):
+            found[name] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            found[LAST] = transformer(dict(features))["token_embeddings"]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@by_readout
+def test_layers_are_read_as_plain_hooks_read_them(transformer, probed, readout):
+    wrapped, probe = probed
+    for one in (transformer, wrapped):
+        set_readout(one, Readout(readout.prompt))
+    features = preprocessed(transformer, KINDS["mixed"])
+    decoder = transformer.model.get_submodule(decoder_path(transformer.model))
+    expected = hooked(transformer, features, dict(zip(LAYERS, decoder.layers, strict=True)))
+    found = probe.read(features, [*LAYERS, LAST])
+    for site in (*LAYERS, LAST):
+        assert torch.equal(found[site], expected[site]), site
+    for a, b in combinations(LAYERS, 2):
+        assert not torch.allclose(found[a], found[b], atol=1e-3)
+
+
+def test_the_last_hidden_state_is_after_the_final_norm(transformer, probed):
+    set_readout(probed[0], Readout(PLAIN))
+    found = probed[1].read(preprocessed(probed[0], KINDS["mixed"]), ["layers.2", LAST])
+    decoder = transformer.model.get_submodule(decoder_path(transformer.model))
+    with torch.no_grad():
+        assert torch.equal(decoder.norm(found["layers.2"]), found[LAST])
+
+
+@pytest.mark.parametrize("site", LAYERS[:2])
+def test_a_readout_at_a_layer_is_what_the_probe_reads_there(transformer, probed, site):
+    set_readout(transformer, Readout(PLAIN, site))
+    set_readout(probed[0], Readout(PLAIN))
+    features = preprocessed(transformer, KINDS["mixed"])
+    with torch.no_grad():
+        expected = transformer(dict(features))["token_embeddings"]
+    assert torch.equal(probed[1].read(features, [site])[site], expected)
+
+
+def test_the_site_before_the_mlp_is_the_residual_stream_after_attention(transformer, probed):
+    for one in (transformer, probed[0]):
+        set_readout(one, Readout(PLAIN))
+    features = preprocessed(transformer, KINDS["mixed"])
+    layer = transformer.model.get_submodule(decoder_path(transformer.model)).layers[1]
+    gemma = residual_norm(transformer.model) == "pre_feedforward_layernorm"
+    branch = layer.post_attention_layernorm if gemma else layer.self_attn
+    decoder = transformer.model.get_submodule(decoder_path(transformer.model))
+    expected = hooked(transformer, features, {"branch": branch, "entry": decoder.layers[0]})
+    site = "layers.1.attention"
+    found = probed[1].read(features, [site])[site]
+    entry = expected["entry"]
+    if transformer.config.model_type == "qwen3_vl":  # image features go in between, too
+        text_nt = features["input_ids"] != image_token_id(transformer.config)
+        found, entry = found[text_nt], entry[text_nt]
+        expected["branch"] = expected["branch"][text_nt]
+    assert torch.allclose(found, entry + expected["branch"], atol=1e-6)
+
+
+TURN_OF_ANSWER = {"llava": "ASSISTANT:"}
+"""Opened without a special token before it, so that nothing tells it from an instruction."""
+
+
+@by_prompt
+@by_kind
+def test_roles_are_those_of_the_decoded_ids(name, transformer, prompt, kind):
+    set_readout(transformer, Readout(prompt))
+    items = KINDS[kind]
+    features = preprocessed(transformer, items)
+    roles_nt = TokenRoles(transformer)(features)
+    mask_nt = features["attention_mask"].bool()
+    image = image_token_id(transformer.config)
+    assert torch.equal(roles_nt == ROLES.index("image"), features["input_ids"] == image)
+    assert bool((roles_nt[~mask_nt] == ROLES.index("special")).all())
+    for item, ids_t, roles_t in zip(items, features["input_ids"], roles_nt, strict=True):
+
+        def words(role, ids_t=ids_t, roles_t=roles_t):
+            return transformer.tokenizer.decode(ids_t[roles_t == ROLES.index(role)]).strip()
+
+        assert words("text") == (item.text or "")
+        asked = getattr(prompt, item.kind).strip()
+        if prompt.generation_prompt and name in TURN_OF_ANSWER:
+            asked += f" {TURN_OF_ANSWER[name]}"
+        assert words("instruction") == asked
+        has_image = bool((roles_t == ROLES.index("image")).any())
+        assert has_image == (item.picture is not None)
+
+
+def test_the_template_and_the_prompt_keep_their_roles_whatever_the_text_says(transformer):
+    asking = Prompt("asking", text=" what is it?", both=" is this it?")
+    set_readout(transformer, Readout(asking))
+    item = Item("a cat what is it?")
+    features = preprocessed(transformer, [item])
+    roles_t = TokenRoles(transformer)(features)[0]
+    text = transformer.tokenizer.decode(features["input_ids"][0][roles_t == ROLES.index("text")])
+    assert text.strip() == item.text
+
+
+GRIDS = {
+    "llava": (3, 3),
+    "gemma3": (2, 2),
+    "idefics3": None,
+    "smolvlm": None,
+    "llava-onevision": None,
+    "internvl": None,
+    "qwen2-vl": (4, 1),
+    "qwen2.5-vl": (4, 1),
+    "qwen3-vl": (4, 1),
+}
+"""Rows and columns of the tall picture's tokens; None where they are not one grid."""
+
+
+def test_grids_of_image_tokens(name, transformer):
+    set_readout(transformer, Readout(PLAIN))
+    features = preprocessed(transformer, [Item(picture=TALL), Item("a cat")])
+    n = int((features["input_ids"][0] == image_token_id(transformer.config)).sum())
+    assert image_grids(transformer.config, features) == [GRIDS[name] or (1, n), None]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_without_a_chat_template_is_refused_in_one_line(stand_in, family):
+    folder = stand_in(family)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{folder}: {REFUSED[family]}')}$"):
+        load_backbone(str(folder))
+
+
+@pytest.mark.parametrize("family", NEEDS)
+def test_a_family_whose_processor_lacks_a_package_says_which_one(stand_in, family):
+    lacking = missing(family)
+    if not lacking:
+        pytest.skip("nothing is missing here")
+    line = f"{stand_in(family)}: its processor needs a package that is not installed; pip install "
+    with pytest.raises(UserError, match=f"^{re.escape(line + lacking[0])}$"):
+        load_backbone(str(stand_in(family)))
