@@ -141,6 +141,8 @@ def test_a_model_in_bfloat16_is_loaded_in_float32_unless_asked(copied):
     assert {p.dtype for p in load_backbone(str(copied)).parameters()} == {torch.float32}
     half = load_backbone(str(copied), dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    asis = load_backbone(str(copied), dtype="auto")
+    assert {p.dtype for p in asis.parameters()} == {torch.bfloat16}
 
 
 def hidden_states(transformer, features):
