@@ -224,6 +224,16 @@ def test_golden_check_fails_when_the_export_was_changed(random_model, tmp_path):
         check_golden(out)
 
 
+def test_a_build_in_bfloat16_agrees_with_its_export_as_far_as_that_goes(random_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    out = tmp_path / "out"
+    small_build(out, random_model, dtype="bfloat16")
+    golden = json.loads((out / "golden" / "result.json").read_text())
+    assert golden["max_abs_diff"] <= 0.02
+    assert SentenceTransformer(str(out)).dtype == torch.bfloat16
+
+
 COMMAND = """
 import json, sys
 import torch

@@ -115,6 +115,27 @@ def test_roles_are_alike_where_no_statistics_are_per_role(made, model_folder):
     assert torch.equal(*(encode_as(retriever, role) for role in (QUERY, DOCUMENT)))
 
 
+@pytest.mark.parametrize("role", [QUERY, DOCUMENT], ids=["query", "document"])
+@pytest.mark.parametrize("name", PATCHES)
+def test_in_bfloat16_live_and_exported_agree_as_far_as_it_goes(name, role, made, model_folder):
+    # live, patches stay float32; exported, sentence-transformers casts Dense to the backbone's
+    readout, _, patches = made
+    backbone = with_readout(load_backbone(model_folder, "bfloat16"), readout)
+    modules = [backbone[0], *export_modules(patches[name], WIDTH, readout.pooling)]
+    exported = SentenceTransformer(modules=modules, device="cpu")
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+    found_ne = encode_as(PatchedRetriever(backbone, patches[name]), role)
+    exported_ne = encode_as(exported, role).float()
+    full_ne = encode_as(live(model_folder, readout, patches[name]), role)
+    assert found_ne.dtype == torch.float32
+    assert largest_difference(found_ne, exported_ne) < 0.02
+    assert torch.cosine_similarity(found_ne, exported_ne).min() > 0.999
+    assert torch.cosine_similarity(found_ne, full_ne).min() > 0.99
+    if name != "nothing":  # and the patch is there, not lost in rounding
+        base_ne = encode_as(PatchedRetriever(backbone, patches["nothing"]), role)
+        assert largest_difference(found_ne, base_ne) > 0.01
+
+
 @pytest.mark.parametrize("name", ["subtract", "everything"])
 def test_keeping_every_concept_is_subtracting_none(name, made, model_folder):
     readout, _, patches = made

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from patch_retriever.activations.collect import collect_tokens
-from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone
+from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import (
     SCENES,
@@ -76,7 +76,9 @@ def build_retriever(
         )
     # a wrong SAE is said before anything is computed
     given = None if config.sae_from is None else load_sae(config.sae_from)
-    transformer = load_backbone(config.model, config.dtype, config.device)
+    # a branch may move while a build stands still; its commit is what everything is made of
+    config = config.model_copy(update={"revision": pinned(config.model, config.revision)})
+    transformer = load_backbone(config.model, config.dtype, config.device, config.revision)
     if given is not None:
         check_width(given, transformer.get_embedding_dimension(), str(config.sae_from))
     with Run(out / "run", say) as run:
@@ -86,7 +88,7 @@ def build_retriever(
             "readout",
             lambda folder: choose_readout(transformer, data, config, folder, progress),
             after=("data",),
-            model=model_fingerprint(config.model),
+            model=model_fingerprint(config.model, config.revision),
             dtype=config.dtype,
             preset=config.preset,
         )
@@ -176,10 +178,12 @@ def _data(run: Run, config: BuildConfig, progress: Progress) -> Data:
     return pairs_data(folder, config.model == BUILT_IN)
 
 
-def model_fingerprint(name: str) -> str:
-    """Changes when a local model's files change; a hub id stands for itself."""
+def model_fingerprint(name: str, commit: str | None = None) -> str:
+    """Changes when a local model's files change; a hub id stands for itself at its commit."""
     folder = built_in_model() if name == BUILT_IN else Path(name)
-    return _fingerprint(folder, name, (".safetensors", ".json", ".jinja"))
+    return _fingerprint(
+        folder, f"{name}@{commit}" if commit else name, (".safetensors", ".json", ".jinja")
+    )
 
 
 def sae_fingerprint(name: str) -> str:

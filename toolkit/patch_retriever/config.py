@@ -29,6 +29,8 @@ class BuildConfig(BaseModel):
 
     model: str = "tiny-mllm"
     """A folder, a hub id, or tiny-mllm (built in)."""
+    revision: str | None = None
+    """Of a hub id: a branch, a tag or a commit; None for the newest."""
     pairs: str = "scenes"
     """A file, folder, pattern or dataset of pictures with texts, or scenes (built in)."""
     image_column: str | None = None

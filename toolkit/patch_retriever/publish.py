@@ -121,6 +121,7 @@ def _card(
     return model_card(
         name=name,
         base_model=config.model,
+        commit=config.revision,
         version=patch_retriever.__version__,
         example=texts[0],
         readout=load_readout(readouts).name,

@@ -106,12 +106,12 @@ class PatchedRetriever(SentenceTransformer):
         weights_nt = pooling_weights(input["attention_mask"], "mean")
         raw: dict[str, Tensor] = {}  # what the gate sees: before any patch
 
-        def subtract_tokens(h_ntd: Tensor) -> Tensor:
+        def subtract_tokens(h_ntd: Tensor) -> Tensor:  # patches are float32, backbones may be less
             raw["mean_nd"] = pool(h_ntd, weights_nt)
-            return h_ntd if subtract is None else subtract(h_ntd, keep_m)
+            return h_ntd if subtract is None else subtract(h_ntd.float(), keep_m)
 
         def correct(x_nd: Tensor) -> Tensor:
-            return apply_maps(self.patch.maps, self.patch.gate, x_nd, raw["mean_nd"], role)
+            return apply_maps(self.patch.maps, self.patch.gate, x_nd.float(), raw["mean_nd"], role)
 
         probe: Probe = self.__dict__["_probe"]
         out = probe.run(input, {LAST: subtract_tokens, "pooled": correct})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.families import image_token_id
 from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.backbones.strict import no_image_part, strict_loading
 from patch_retriever.errors import UserError, first_line
+from patch_retriever.hub import commit_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 BUILT_IN = "tiny-mllm"
 """Name of the model that ships with the project (checkpoints/tiny-mllm)."""
-_MISSING = re.compile(
-    r"requires the (\S+) library but it was not found|Package `(\S+)` is required"
-)
-"""How transformers says that a processor lacks a package (torchvision for video, num2words)."""
 
 
 def built_in_model() -> Path:
@@ -41,41 +38,44 @@ def built_in_model() -> Path:
     return folder
 
 
-def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu") -> Transformer:
+def load_backbone(
+    name_or_path: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+) -> Transformer:
     """Load an MLLM as sentence-transformers' `Transformer` module.
 
     Args:
         name_or_path: a folder, a hub id, or `tiny-mllm` for the built-in model.
-        dtype: torch dtype to run in.
+        dtype: torch dtype to run in, or "auto" for that of its files.
         device: torch device.
+        revision: of a hub id: a branch, a tag or a commit; None for the newest.
 
     Raises:
-        UserError: nothing is there, it is no model, it takes no images, or a package is missing.
+        UserError: nothing is there, it is no model or not a whole one, it takes no images, or a
+            package is missing.
     """
     path = str(built_in_model()) if name_or_path == BUILT_IN else name_or_path
-    check_folder(path)
+    commit = pinned(name_or_path, revision)
     import torch
     from sentence_transformers.base.modules import Transformer
 
     check_device(device)
-    with _quiet():
-        try:
-            transformer = Transformer(path, model_kwargs={"dtype": getattr(torch, dtype)})
-        except Exception as error:  # damaged files make the libraries raise almost anything
-            reason = first_line(error)
-            if package := _MISSING.search(reason):
-                name = (package[1] or package[2]).lower()
-                raise UserError(
-                    f"{name_or_path}: its processor needs a package that is not installed; "
-                    f"pip install {name}"
-                ) from error
-            raise UserError(f"{name_or_path}: cannot be loaded as a model ({reason})") from error
+    at = {"revision": commit} if commit else {}
+    as_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    with _quiet(), strict_loading(name_or_path):
+        transformer = Transformer(
+            path, model_kwargs={**at, "dtype": as_dtype}, processor_kwargs=at, config_kwargs=at
+        )
     modalities = [str(m) for m in transformer.modalities]
-    if image_token_id(transformer.config) is None or "image" not in " ".join(modalities):
+    if image_token_id(transformer.config) is None:
         raise UserError(
             f"{name_or_path}: a text-only model (it takes {', '.join(modalities)}); "
             "patch-retriever needs a multimodal LLM that takes images"
         )
+    if "image" not in " ".join(modalities):
+        raise no_image_part(name_or_path)
     if getattr(transformer.processor, "chat_template", None) is None:
         raise UserError(
             f"{name_or_path}: its processor has no chat template, which the readout's prompt is "
@@ -83,6 +83,17 @@ def load_backbone(name_or_path: str, dtype: str = "float32", device: str = "cpu"
         )
     transformer.model.eval().requires_grad_(False)
     return transformer.to(device)
+
+
+def pinned(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit of a hub id's `revision`; None for a folder.
+
+    Raises:
+        UserError: there is no such folder, repository or revision, or it is plainly no model.
+    """
+    path = str(built_in_model()) if name_or_path == BUILT_IN else name_or_path
+    check_folder(path, revision)
+    return None if Path(path).exists() else commit_of(path, revision)
 
 
 def check_device(device: str) -> None:
@@ -100,8 +111,9 @@ def check_device(device: str) -> None:
         raise UserError(f"device {device!r} cannot be used ({reason})") from None
 
 
-def check_folder(path: str) -> None:
-    """Refuse what is plainly no model: no folder and no hub id, or a folder without a model."""
+def check_folder(path: str, revision: str | None = None) -> None:
+    """Refuse what is plainly no model: no folder and no hub id, or a folder without a model; and a
+    revision of a folder."""
     folder = Path(path)
     if folder.exists():
         if not folder.is_dir():
@@ -112,6 +124,8 @@ def check_folder(path: str) -> None:
             json.loads((folder / "config.json").read_text())
         except ValueError:
             raise UserError(f"{path}/config.json: damaged (not JSON)") from None
+        if revision is not None:
+            raise UserError(f"{path}: a folder has no revisions; leave {revision!r} out")
     elif path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
             f"{path}: no such folder; name a model's folder, a hub id (organisation/model), "
@@ -128,10 +142,13 @@ def _quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    sentence_transformers = logging.getLogger("sentence_transformers")
+    their_level = sentence_transformers.level
+    sentence_transformers.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        sentence_transformers.setLevel(their_level)
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @click.option(
+    "--revision", help="Of a hub id: a branch, a tag or a commit. [default: the newest commit]"
+)
+@click.option(
     "--pairs",
     metavar="FILE|FOLDER|datasets:ID|scenes",
     help="Pictures with texts. [default: scenes, the built-in world]",
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
 @options.as_json
 def build(
     model: str | None,
+    revision: str | None,
     pairs: str | None,
     image_column: str | None,
     text_column: str | None,
@@ -104,6 +108,7 @@ def build(
     config = BuildConfig.read(
         config_file,
         model=model,
+        revision=revision,
         pairs=pairs,
         image_column=image_column,
         text_column=text_column,
@@ -145,7 +150,7 @@ def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
     from patch_retriever.runs import is_ours
 
     folder = built_in_model() if config.model == BUILT_IN else Path(config.model)
-    check_folder(str(folder) if config.model == BUILT_IN else config.model)
+    check_folder(str(folder) if config.model == BUILT_IN else config.model, config.revision)
     if config.sae_from is not None:
         from patch_retriever.sae.formats import load_sae
 

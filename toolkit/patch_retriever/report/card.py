@@ -20,8 +20,9 @@ tags:
 ---
 # {{ name }}
 
-`{{ base_model }}` as a retriever of images, texts and both, patched by patch-retriever
-{{ version }}. It loads with sentence-transformers alone, without `trust_remote_code`:
+`{{ base_model }}`{% if commit %} (commit `{{ commit }}`){% endif %} as a retriever of images,
+texts and both, patched by patch-retriever {{ version }}. It loads with sentence-transformers alone,
+without `trust_remote_code`:
 
 ```python
 from sentence_transformers import SentenceTransformer

@@ -25,6 +25,7 @@ from patch_retriever.backbones.load import (
     load_backbone,
     with_readout,
 )
+from patch_retriever.backbones.strict import strict_loading
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
@@ -211,7 +212,7 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
     `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
 
     Raises:
-        UserError: there is none of that name, or it does not load.
+        UserError: there is none of that name, or it does not load whole.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -220,12 +221,8 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
         return _load_base(name, device)
     path = str(built_in_model()) if name == BUILT_IN else name
     check_model(path)
-    try:
+    with strict_loading(name):
         return Encoder(SentenceTransformer(path, device=device), name)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        nowhere = "" if Path(path).exists() else "no such folder here, and from the hub: "
-        reason = first_line(error)
-        raise UserError(f"{name}: cannot be loaded ({nowhere}{reason})") from error
 
 
 def check_model(name: str) -> None:
@@ -266,7 +263,8 @@ def _load_base(name: str, device: str) -> Encoder:
     readout = Readout.from_json(patch.about["readout"])
     if patch.subtract is not None:
         return Encoder(with_readout(load_backbone(folder, device=device), readout), name)
-    model = SentenceTransformer(folder, device=device)
+    with strict_loading(folder):
+        model = SentenceTransformer(folder, device=device)
     transformer: Any = model[0]
     d = int(transformer.get_embedding_dimension())
     at = pooled_value(patch, d, readout.pooling)
