@@ -126,10 +126,12 @@ def stand_in(name: str, embed, encoded: list[str], **more):
     def finish(x_nd, _role):
         return x_nd / np.maximum(np.linalg.norm(x_nd, axis=1, keepdims=True), 1e-12)
 
+    width = len(np.asarray(embed(Item("a"), "query")))
     made = {
         "name": name,
         "fingerprint": name,
-        "width": len(np.asarray(embed(Item("a"), "query"))),
+        "width": width,
+        "dimension": width,
         "store_key": lambda role, prompt=None: value_hash([name, role, prompt]),
         "prompt": lambda _role, prompt=None: prompt or "",
         "pooled": pooled,
