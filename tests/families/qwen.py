@@ -64,14 +64,23 @@ def _processor(name: str, patch_size: int) -> dict[str, Any]:
     }
 
 
+_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": WIDTH,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+
+
 def qwen2_vl(folder: Path) -> None:
     """Qwen2-VL."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     tokenizer = _tokenizer()
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2}
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    config = Qwen2VLConfig(**_config(tokenizer, rope, vision))
+    config = Qwen2VLConfig(**_config(tokenizer, _ROPE, vision))
     files = _processor("Qwen2VL", patch_size=14)
     template = TEMPLATE.replace("@system@", _SYSTEM)
     save(folder, Qwen2VLForConditionalGeneration, config, tokenizer, files, template)
@@ -83,16 +92,11 @@ def qwen2_5_vl(folder: Path) -> None:
 
     tokenizer = _tokenizer()
     vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
+        **_TOWER,
         "window_size": 56,
         "fullatt_block_indexes": [1],
     }
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    config = Qwen2_5_VLConfig(**_config(tokenizer, rope, vision))
+    config = Qwen2_5_VLConfig(**_config(tokenizer, _ROPE, vision))
     files = _processor("Qwen2_5_VL", patch_size=14)
     template = TEMPLATE.replace("@system@", _SYSTEM)
     save(folder, Qwen2_5_VLForConditionalGeneration, config, tokenizer, files, template)
@@ -104,11 +108,7 @@ def qwen3_vl(folder: Path) -> None:
 
     tokenizer = _tokenizer()
     vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
+        **_TOWER,
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
     }

@@ -63,6 +63,15 @@ class Item:
         """
         return value_hash([self.text, self.picture and self.picture.content_hash()])
 
+    def check_picture(self) -> None:
+        """Open the picture, if there is one, to find a bad one before any work is done.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if self.picture is not None:
+            self.picture.open()
+
     def load(self) -> list[dict[str, Any]]:
         """The item for a model with a chat template: a chat of one message, image first.
 

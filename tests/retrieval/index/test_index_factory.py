@@ -184,6 +184,7 @@ def test_faiss_multiplies_matrices_while_ours_searches_and_is_as_before_then():
         ("IVF64,Flat", 63, "cannot be trained on 63 items"),
         ("PQ4x8", 255, "cannot be trained on 255 items"),
         ("RR16,IVF4,PQ4x8", 255, "cannot be trained on 255 items"),
+        ("RR16,PQ4x8", 255, "cannot be trained on 255 items"),
     ],
 )
 def test_an_index_that_cannot_be_made_is_refused_before_its_vectors_are(string, n, words):

@@ -68,8 +68,7 @@ def search(
     if not asked:
         raise click.UsageError("nothing is asked; give a QUERY or --queries FILE")
     for item in asked:
-        if item.picture is not None:
-            item.picture.open()  # a bad picture is said before any work
+        item.check_picture()
     quiet_libraries()
     encoder = load_encoder(model or maker(index), device)
     opened = SavedIndex(index, encoder, gpu=device.startswith("cuda"))

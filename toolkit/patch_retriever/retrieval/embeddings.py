@@ -203,8 +203,8 @@ def embed_items(
             for i, item in enumerate(chunk, start):
                 try:
                     keys_n[i] = bytes.fromhex(item.content_hash())[: KEY.itemsize]
-                    if skip_bad and item.picture is not None:
-                        item.picture.open()
+                    if skip_bad:
+                        item.check_picture()
                 except UserError as error:
                     if not skip_bad:
                         raise

@@ -24,10 +24,8 @@ def readable(
     kept: list[int] = []
     skipped: list[str] = []
     for i in progress(range(len(items)), len(items)):
-        picture = items[i].picture
         try:
-            if picture is not None:
-                picture.open()
+            items[i].check_picture()
             kept.append(i)
         except UserError as error:
             skipped.append(str(error))

@@ -222,7 +222,8 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
     path = str(built_in_model()) if name == BUILT_IN else name
     check_model(path)
     with strict_loading(name):
-        return Encoder(SentenceTransformer(path, device=device), name)
+        model = SentenceTransformer(path, device=device)
+    return Encoder(model, name)
 
 
 def check_model(name: str) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
+
+from patch_retriever.errors import UserError
+from patch_retriever.retrieval.readers import read_tasks
+from patch_retriever.retrieval.readers.options import ReadOptions
+from patch_retriever.retrieval.tasks import RetrievalTask
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MBEIR_ITEM = {"id": "string", "modality": "string", "text": "string"}
@@ -75,3 +81,17 @@ def hf_image(number: int | None) -> dict[str, Any] | None:
 
 def item(name: str, modality: str, text: str | None, picture: int | None) -> dict[str, Any]:
     return {"id": name, "modality": modality, "text": text, "image": hf_image(picture)}
+
+
+def only_task(spec: str, **options: Any) -> RetrievalTask:
+    """The one task that a spec names."""
+    (task,) = read_tasks(spec, ReadOptions(**options))
+    return task
+
+
+def refusal(spec: str, **options: Any) -> str:
+    """The one line by which a spec is refused."""
+    with pytest.raises(UserError) as raised:
+        read_tasks(spec, ReadOptions(**options))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)

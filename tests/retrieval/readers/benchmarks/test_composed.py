@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from releases import colour, write_json, write_png
+from releases import colour, refusal, write_json, write_png
 
-from patch_retriever.errors import UserError
 from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
@@ -46,10 +45,7 @@ def cirr(tmp_path, request):
 
 
 def refused(reader: str, location: object, **options) -> str:
-    with pytest.raises(UserError) as raised:
-        read_tasks(f"{reader}:{location}", ReadOptions(**{"split": "val", **options}))
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    return refusal(f"{reader}:{location}", **{"split": "val", **options})
 
 
 def captions(root):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from releases import colour, write_lines, write_png
+from releases import colour, only_task, refusal, write_lines, write_png
 
 from patch_retriever.errors import UserError
 from patch_retriever.retrieval.readers import read_tasks
@@ -109,15 +109,11 @@ def small(tmp_path):
 
 
 def one(location: object, **options):
-    (task,) = read_tasks(f"mbeir:{location}", ReadOptions(**options))
-    return task
+    return only_task(f"mbeir:{location}", **options)
 
 
 def refused(location: object, **options) -> str:
-    with pytest.raises(UserError) as raised:
-        read_tasks(f"mbeir:{location}", ReadOptions(**options))
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    return refusal(f"mbeir:{location}", **options)
 
 
 def loop(path: Path) -> list[dict]:

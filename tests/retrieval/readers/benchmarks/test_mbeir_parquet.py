@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from releases import colour, item, png, write_items, write_qrels
+from releases import colour, item, only_task, png, refusal, write_items, write_qrels
 
-from patch_retriever.errors import UserError
 from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
@@ -41,15 +40,11 @@ def coco(tmp_path):
 
 
 def one(location: object, **options):
-    (task,) = read_tasks(f"mbeir:{location}", ReadOptions(**options))
-    return task
+    return only_task(f"mbeir:{location}", **options)
 
 
 def refused(location: object, **options) -> str:
-    with pytest.raises(UserError) as raised:
-        read_tasks(f"mbeir:{location}", ReadOptions(**options))
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    return refusal(f"mbeir:{location}", **options)
 
 
 def shown(items) -> list[tuple[str | None, int | None]]:

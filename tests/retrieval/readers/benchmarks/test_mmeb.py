@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from releases import colour, write_png
+from releases import colour, only_task, refusal, write_png
 
-from patch_retriever.errors import UserError
 from patch_retriever.retrieval.readers import read_tasks
 from patch_retriever.retrieval.readers.options import ReadOptions
 
@@ -57,15 +56,11 @@ def mmeb(tmp_path):
 
 
 def one(location: object, **options):
-    (task,) = read_tasks(f"mmeb:{location}", ReadOptions(**options))
-    return task
+    return only_task(f"mmeb:{location}", **options)
 
 
 def refused(location: object, **options) -> str:
-    with pytest.raises(UserError) as raised:
-        read_tasks(f"mmeb:{location}", ReadOptions(**options))
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    return refusal(f"mmeb:{location}", **options)
 
 
 def pairs(folder: Path, cache: Path) -> list[list[tuple[str, str]]]:

@@ -87,10 +87,9 @@ def check_factory(factory: str, n: int, dimension: int) -> None:
     """
     string = factory_string(factory, n, dimension)
     index = new_index(string, dimension)
-    ivf = _ivf(index)
-    lists = 0 if ivf is None else ivf.nlist
-    quantizer = getattr(_inner(index) if ivf is None else ivf, "pq", None)
-    wanted = max(lists, 0 if quantizer is None else quantizer.ksub)
+    core = _core(index)
+    quantizer = getattr(core, "pq", None)
+    wanted = max(getattr(core, "nlist", 0), 0 if quantizer is None else quantizer.ksub)
     if string.startswith("OPQ"):  # its rotation is learned with a quantizer of eight bits
         wanted = max(wanted, 256)
     if n < wanted:
@@ -154,11 +153,9 @@ def set_search(index: faiss.Index, settings: Mapping[str, int]) -> None:
 def reserve(index: faiss.Index, count: int) -> None:
     """Take the room for `count` vectors at once; growing as they come takes up to twice as much."""
     faiss = import_faiss()
-    codes = _inner(index)
+    codes = _core(index)
     if isinstance(codes, faiss.IndexHNSW):
         codes = faiss.downcast_index(codes.storage)
-    elif isinstance(codes, faiss.IndexPreTransform):
-        codes = faiss.downcast_index(codes.index)
     if isinstance(codes, faiss.IndexFlatCodes):
         held = codes.codes.size()
         codes.codes.resize(held + count * codes.code_size)
@@ -237,6 +234,14 @@ def _inner(index: faiss.Index) -> Any:
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
 
 
+def _core(index: faiss.Index) -> Any:
+    """What is inside an ID map and behind a rotation, as its own class."""
+    faiss = import_faiss()
+    inner = _inner(index)
+    behind = isinstance(inner, faiss.IndexPreTransform)
+    return faiss.downcast_index(inner.index) if behind else inner
+
+
 def _ivf(index: faiss.Index) -> Any:
     """The inverted lists inside an index, as their own class; None if it has none."""
     faiss = import_faiss()
@@ -248,24 +253,18 @@ def _settle(index: faiss.Index) -> None:
     """No page of warnings where a sample is small (k-means says one for every part), and no
     polysemous training of product quantizers: it permutes codes for a Hamming filter that is not
     used here, finds nothing more, and takes hundreds of times as long as the rest."""
-    faiss = import_faiss()
-    part: Any = _inner(index)
-    if isinstance(part, faiss.IndexPreTransform):
-        part = faiss.downcast_index(part.index)
+    core = _core(index)
     trained: Any
-    for trained in (part, getattr(part, "pq", None)):
+    for trained in (core, getattr(core, "pq", None)):
         if hasattr(trained, "cp"):
             trained.cp.min_points_per_centroid = 1
-    if hasattr(part, "do_polysemous_training"):
-        part.do_polysemous_training = False
+    if hasattr(core, "do_polysemous_training"):
+        core.do_polysemous_training = False
 
 
 def _keeps_numbers(index: Any) -> bool:
     """Whether vectors are stored with their numbers, without an ID map around the index."""
-    faiss = import_faiss()
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    return isinstance(index, faiss.IndexIVF)
+    return isinstance(_core(index), import_faiss().IndexIVF)
 
 
 def _reason(error: RuntimeError) -> str:

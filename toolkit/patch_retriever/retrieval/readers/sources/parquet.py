@@ -21,13 +21,8 @@ class ParquetFiles:
     without bytes).
     """
 
-    paths: Sequence[Path]
+    containers: Sequence[Path]
     reading: Reading
-
-    @property
-    def containers(self) -> Sequence[Path]:
-        """The files."""
-        return self.paths
 
     def rows(self) -> Iterator[Row]:
         """Every row."""
@@ -42,7 +37,7 @@ class ParquetFiles:
     def _files(self) -> list[_File]:
         files: list[_File] = []
         first, turns = 0, (Turn(), Turn())
-        for path in self.paths:
+        for path in self.containers:
             files.append(_File(path, first, self.reading, *turns))
             first += len(files[-1].records)
         return files

@@ -31,13 +31,8 @@ class TarShards:
     """Samples of one shard or several: what the members before the first dot of their file names
     have in common. Only headers are read before a sample is asked for."""
 
-    paths: Sequence[Path]
+    containers: Sequence[Path]
     reading: Reading
-
-    @property
-    def containers(self) -> Sequence[Path]:
-        """The shards."""
-        return self.paths
 
     def rows(self) -> Iterator[Row]:
         """Every sample."""
@@ -78,7 +73,7 @@ class TarShards:
 
     @cached_property
     def _samples(self) -> list[_Sample]:
-        return [sample for path in self.paths for sample in _samples(path)]
+        return [sample for path in self.containers for sample in _samples(path)]
 
 
 def _samples(tar: Path) -> Iterator[_Sample]:
