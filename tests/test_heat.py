@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from handmade import ITEMS, READOUTS, C, make_patches, make_sae
-from patch_retriever.backbones.inputs import ROLES, image_grids
 from patch_retriever.backbones.load import load_backbone
 from patch_retriever.backbones.readout import LAST
+from patch_retriever.backbones.roles import ROLES, image_grids
 from patch_retriever.heat import TokenHeat, _pieces, token_heat, token_influence
 from patch_retriever.sae.model import SparseAutoencoder
 

@@ -19,9 +19,9 @@ from patch_retriever.activations.collect import (
 )
 from patch_retriever.activations.store import Store, StoreSource
 from patch_retriever.activations.stream import batches
-from patch_retriever.backbones.inputs import ROLES, TokenRoles
 from patch_retriever.backbones.load import load_backbone, set_readout
 from patch_retriever.backbones.readout import LAST, ONE_WORD, PAPER, PLAIN, Readout
+from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.errors import UserError
 from patch_retriever.items import KINDS, Item
 from patch_retriever.sae.model import SparseAutoencoder

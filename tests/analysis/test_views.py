@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from patch_retriever.activations.collect import collect_pooled
 from patch_retriever.analysis.views import View, judge_views, load_outcomes, pooled_view, views_of
 from patch_retriever.backbones.families import n_layers, residual_norm
-from patch_retriever.backbones.inputs import ROLES, item_batches
+from patch_retriever.backbones.inputs import item_batches
 from patch_retriever.backbones.load import load_backbone, set_readout
 from patch_retriever.backbones.readout import LAST, ONE_WORD, PAPER, Readout
+from patch_retriever.backbones.roles import ROLES
 from patch_retriever.data import scenes_data
 from patch_retriever.probe import Probe
 from patch_retriever.progress import no_progress

@@ -12,7 +12,6 @@ from PIL import Image
 
 from families import FAMILIES, NEEDS, missing
 from patch_retriever.backbones.families import decoder_path, image_token_id, residual_norm
-from patch_retriever.backbones.inputs import ROLES, TokenRoles, image_grids
 from patch_retriever.backbones.load import load_backbone, set_readout, with_readout
 from patch_retriever.backbones.readout import (
     LAST,
@@ -23,6 +22,7 @@ from patch_retriever.backbones.readout import (
     Prompt,
     Readout,
 )
+from patch_retriever.backbones.roles import ROLES, TokenRoles, image_grids
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.probe import Probe

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patch_retriever.backbones.inputs import ROLES
+from patch_retriever.backbones.roles import ROLES
 from patch_retriever.concepts.scores import (
     bridge_by_pairs,
     bridge_by_tiles,

@@ -11,8 +11,8 @@ import wild
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patch_retriever.backbones.inputs import ROLES
 from patch_retriever.backbones.load import load_backbone
+from patch_retriever.backbones.roles import ROLES
 from patch_retriever.features import Features
 from patch_retriever.heat import TokenHeat
 from patch_retriever.patch.artefact import Patch

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch_retriever.backbones.inputs import pool, pooling_weights
+from patch_retriever.backbones.pooling import pool, pooling_weights
 from patch_retriever.backbones.readout import PoolingMode
 from patch_retriever.concepts.query import words
 from patch_retriever.errors import UserError, first_line

@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from patch_retriever.backbones.families import decoder_path
-from patch_retriever.backbones.inputs import (
-    ROLES,
-    TokenRoles,
-    image_grids,
-    item_batches,
-    pooling_weights,
-    preprocessed,
-)
+from patch_retriever.backbones.inputs import item_batches, preprocessed
 from patch_retriever.backbones.load import set_readout
+from patch_retriever.backbones.pooling import pooling_weights
 from patch_retriever.backbones.readout import Readout
+from patch_retriever.backbones.roles import ROLES, TokenRoles, image_grids
 from patch_retriever.items import Item
 
 if TYPE_CHECKING:
@@ -39,7 +34,7 @@ class TokenHeat:
     tokens: list[str]
     """Decoded, one by one; joined they read as the item."""
     roles_t: Tensor
-    """uint8, index into `backbones.inputs.ROLES`."""
+    """uint8, index into `backbones.roles.ROLES`."""
     weights_t: Tensor
     """Weight of each token in the pooled vector: 0 where the readout does not look."""
     codes_tm: Tensor

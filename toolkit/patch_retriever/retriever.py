@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from sentence_transformers import SentenceTransformer
 
-from patch_retriever.backbones.inputs import pool, pooling_weights
 from patch_retriever.backbones.load import load_backbone, with_readout
+from patch_retriever.backbones.pooling import pool, pooling_weights
 from patch_retriever.backbones.readout import LAST, PoolingMode, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.explain import Explanation, check_sae, explain_pair, pool_item

@@ -54,8 +54,8 @@ def train_sae(
     Raises:
         UserError: a wrong setting, no store, or `out` holds something already.
     """
-    from patch_retriever.backbones.inputs import ROLES
     from patch_retriever.backbones.load import check_device
+    from patch_retriever.backbones.roles import ROLES
     from patch_retriever.sae.formats import save_sae
     from patch_retriever.sae.processes import Processes
     from patch_retriever.sae.train import train_saes

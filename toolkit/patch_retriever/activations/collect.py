@@ -11,15 +11,11 @@ import torch
 
 from patch_retriever.activations.store import StoreWriter
 from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
-from patch_retriever.backbones.inputs import (
-    ROLES,
-    TokenRoles,
-    item_batches,
-    pool,
-    pooling_weights,
-)
+from patch_retriever.backbones.inputs import item_batches
 from patch_retriever.backbones.load import set_readout
+from patch_retriever.backbones.pooling import pool, pooling_weights
 from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.items import Item

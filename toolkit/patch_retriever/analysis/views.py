@@ -13,15 +13,11 @@ import torch
 from torch import Tensor
 
 from patch_retriever.backbones.families import n_layers, residual_norm
-from patch_retriever.backbones.inputs import (
-    ROLES,
-    TokenRoles,
-    item_batches,
-    pool,
-    pooling_weights,
-)
+from patch_retriever.backbones.inputs import item_batches
 from patch_retriever.backbones.load import set_readout
+from patch_retriever.backbones.pooling import pool, pooling_weights
 from patch_retriever.backbones.readout import LAST, Prompt, Readout
+from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.data import Data
 from patch_retriever.files import write_tensors
 from patch_retriever.items import KINDS

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from patch_retriever.backbones.inputs import ROLES
+from patch_retriever.backbones.roles import ROLES
 from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.features import Features
 from patch_retriever.items import KINDS

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patch_retriever.backbones.inputs import ROLES
+from patch_retriever.backbones.roles import ROLES
 from patch_retriever.concepts.query import words
 from patch_retriever.concepts.selection import TEXT_DOMINANT
 from patch_retriever.heat import TokenHeat, token_heat

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from patch_retriever.activations.store import Store, StoreSource
-from patch_retriever.backbones.inputs import ROLES
 from patch_retriever.backbones.readout import Readout
+from patch_retriever.backbones.roles import ROLES
 from patch_retriever.config import BuildConfig
 from patch_retriever.errors import UserError
 from patch_retriever.progress import Progress
