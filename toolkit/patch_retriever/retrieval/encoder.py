@@ -28,6 +28,7 @@ from patch_retriever.backbones.load import (
 from patch_retriever.backbones.strict import strict_loading
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import value_hash
+from patch_retriever.hub import commit_of
 from patch_retriever.items import Item
 from patch_retriever.retrieval.fingerprint import modules_fingerprint
 
@@ -224,8 +225,9 @@ def load_encoder(name: str, device: str = "cpu", revision: str | None = None) ->
     if name.endswith(BASE):
         return _load_base(name, device)
     check_model(path)
+    commit = None if revision is None else commit_of(path, revision)
     with strict_loading(name):
-        model = SentenceTransformer(path, device=device, revision=revision)
+        model = SentenceTransformer(path, device=device, revision=commit)
     return Encoder(model, name)
 
 
