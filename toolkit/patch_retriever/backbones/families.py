@@ -41,6 +41,8 @@ class Family:
     """Options of the tokenizer that the model needs."""
     pixels: PixelBudget | None = None
     """None: every picture becomes the same number of tokens."""
+    kept: tuple[str, ...] = ()
+    """Parts that a device map cannot offload to the CPU or the disk."""
     quirks: str = ""
 
 
@@ -103,7 +105,8 @@ FAMILIES = (
         decoder="",
         picture="<racm3:break><image><eoss>",
         layout="{{ @start@ }}" + _PICTURES + _TEXTS + "{{ sep_token }}",
-        quirks="Its layers are on the model itself.",
+        kept=("vqmodel",),
+        quirks="Its layers are on the model itself, and its VQ-VAE cannot be offloaded.",
     ),
     Family("LLaVA", ("llava",)),
     Family("LLaVA-NeXT", ("llava_next",), pixels="grids"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.chat import take_chats
-from patch_retriever.backbones.families import assumed, image_token_id
+from patch_retriever.backbones.families import assumed, family_of, image_token_id
 from patch_retriever.backbones.pixels import limit_pixels
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.strict import no_image_part, strict_loading
@@ -90,6 +90,8 @@ def load_backbone(
             path, model_kwargs={**at, **kwargs}, processor_kwargs=at, config_kwargs=at
         )
     _check_takes_images(transformer, name_or_path)
+    if device_map is not None:
+        _check_placed(transformer, device_map, name_or_path)
     take_chats(transformer)
     if (said := assumed(transformer.model)) is not None:
         warnings.warn(f"{name_or_path}: {said}", stacklevel=2)
@@ -113,6 +115,29 @@ def _check_takes_images(transformer: Transformer, name: str) -> None:
         transformer.config.image_token_id = found
     if getattr(processor, "image_processor", None) is None:
         raise no_image_part(name)
+
+
+def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) -> None:
+    """Refuse a device map with a part that the model does not have (transformers takes it), and one
+    that offloads a part which cannot be."""
+    model = transformer.model
+    if isinstance(device_map, dict):
+        known = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
+        if unknown := sorted(set(device_map) - known):
+            parts = ", ".join(part for part, _ in model.named_children())
+            raise UserError(
+                f"{name}: a device map with no part of this model ({unknown[0]}); its parts are "
+                f"{parts}"
+            )
+    placed = getattr(model, "hf_device_map", {})
+    offloaded = {"disk"} if set(placed.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
+    family = family_of(transformer.config)
+    for part, place in placed.items():
+        if place in offloaded and family and part.split(".")[0] in family.kept:
+            raise UserError(
+                f"{name}: {family.name}'s {part} cannot be offloaded; name a device for it in a "
+                "device map of your own"
+            )
 
 
 def pinned(name_or_path: str, revision: str | None = None) -> str | None:
