@@ -159,7 +159,7 @@ def test_flash_attention_is_refused_where_it_would_hide_tokens(stand_in, name, m
         PreTrainedModel, "_check_and_adjust_attn_implementation", lambda *_, **__: "sdpa"
     )
     taken = pytest.raises(Stop)
-    refused = pytest.raises(UserError, match="would hide; use sdpa$")
+    refused = pytest.raises(UserError, match=r"would hide; use sdpa$")
     with taken if name == "llava" else refused:
         load_backbone(str(stand_in(name)), attention="flash_attention_2")
 
