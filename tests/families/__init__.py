@@ -13,12 +13,13 @@ from pathlib import Path
 
 from families.gemma import gemma3, paligemma2
 from families.idefics import idefics3, smolvlm
-from families.llava import internvl, llava, llava_onevision
+from families.llava import internvl, llava, llava_next, llava_onevision
 from families.meta import chameleon
 from families.qwen import qwen2_5_vl, qwen2_vl, qwen3_vl
 
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "llava": llava,
+    "llava-next": llava_next,
     "llava-onevision": llava_onevision,
     "idefics3": idefics3,
     "smolvlm": smolvlm,

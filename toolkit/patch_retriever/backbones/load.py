@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.families import image_token_id
+from patch_retriever.backbones.image_backend import use_pillow
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.strict import no_image_part, strict_loading
 from patch_retriever.errors import UserError, first_line
@@ -68,6 +69,7 @@ def load_backbone(
         transformer = Transformer(
             path, model_kwargs={**at, "dtype": as_dtype}, processor_kwargs=at, config_kwargs=at
         )
+        use_pillow(transformer, path, **at)
     modalities = [str(m) for m in transformer.modalities]
     if image_token_id(transformer.config) is None:
         raise UserError(
