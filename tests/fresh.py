@@ -60,7 +60,7 @@ for line in sys.stdin:
 """
 
 
-def fresh_python(folder: Path) -> Path:
+def make_python(folder: Path) -> Path:
     """An interpreter that sees the packages installed here, not this one, even where it is
     installed for editing; and torchvision, where VARIABLE names its folder.
 
@@ -71,9 +71,8 @@ def fresh_python(folder: Path) -> Path:
     tag = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / tag / "site-packages"
     shutil.copy(Path(vision_operators.__file__), site)
-    lines = [sysconfig.get_path("purelib"), f"import {vision_operators.__name__.split('.')[-1]} as v"]
-    lines[1] += "; v.use_torchvision()"
-    (site / "installed.pth").write_text("\n".join(lines))
+    start = "import vision_operators; vision_operators.use_torchvision()"
+    (site / "installed.pth").write_text(f"{sysconfig.get_path('purelib')}\n{start}\n")
     return python
 
 
@@ -84,7 +83,6 @@ class Fresh:
         environment = dict(os.environ)
         if not torchvision:
             environment.pop(vision_operators.VARIABLE, None)
-        folder.mkdir(parents=True)
         self._errors = (folder / "stderr.txt").open("w+")
         self._out = folder / "found.safetensors"
         self._process = subprocess.Popen(
@@ -122,5 +120,6 @@ class Fresh:
 
     def close(self) -> None:
         """End the process."""
+        self._process.kill()
         self._process.communicate()
         self._errors.close()
