@@ -26,6 +26,16 @@ SMALL_SCENES = {"calibration": 24, "validation": 20, "test": 24}
 SMALL_SAE = {"expansion": 4, "k": 8, "steps": 40, "batch_size": 256}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of families that need torchvision, whatever they call the family."""
+    from families import NEEDS
+
+    for item in items:
+        params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in NEEDS for value in params):
+            item.add_marker("torchvision")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small tensors are slower on many threads, and results do not depend on the machine."""

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from families import vision_operators
+from patch_retriever.items import Item
 
 CHILD = """\
 import json
@@ -95,13 +96,14 @@ class Fresh:
         )
 
     def encode(
-        self, folder: Path, batches: Mapping[str, Sequence[dict[str, str]]], **options: Any
+        self, folder: Path, batches: Mapping[str, Sequence[Item]], **options: Any
     ) -> dict[str, Tensor]:
-        """`"{batch} query"` and `"{batch} document"` -> unit embeddings (n, d) of plain items
-        (`text`, and `image` as a path), by `SentenceTransformer(folder, **options)`."""
+        """`"{batch} query"` and `"{batch} document"` -> unit embeddings (n, d), by
+        `SentenceTransformer(folder, **options)`, of texts, pictures and dictionaries of both."""
         from safetensors.torch import load_file
 
-        asked = {"folder": str(folder), "batches": batches, "options": options}
+        plain = {batch: [_plain(item) for item in items] for batch, items in batches.items()}
+        asked = {"folder": str(folder), "batches": plain, "options": options}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -123,3 +125,8 @@ class Fresh:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+
+def _plain(item: Item) -> dict[str, str]:
+    picture = {} if item.picture is None else {"image": item.picture.name}
+    return picture if item.text is None else {"text": item.text, **picture}

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from families import FAMILIES, NEEDS, missing
+from families import FAMILIES, NEEDS, parameter
 from handmade import WIDTH, make_patches
 from patch_retriever import PatchedRetriever
 from patch_retriever.backbones.families import image_token_id
@@ -57,12 +57,6 @@ def items(tmp_path_factory) -> dict[str, list[Item]]:
     return batches | {"mixed": sum(zip(*batches.values(), strict=True), ())}
 
 
-def plain(item: Item) -> dict[str, str]:
-    """An item as a fresh process is asked for it."""
-    picture = {} if item.picture is None else {"image": str(item.picture.path)}
-    return picture if item.text is None else {"text": item.text, **picture}
-
-
 @dataclass(frozen=True)
 class Row:
     """A family in one dtype; embeddings (n, d) by `"{batch} {role}"`."""
@@ -88,12 +82,11 @@ def row(stand_in, items, fresh, tmp_path_factory):
         backbone = with_readout(load_backbone(str(stand_in(name)), dtype), PAPER_READOUT)
         modules = [backbone[0], *export_modules(patch, WIDTH, PAPER_READOUT.pooling)]
         patched = SentenceTransformer(modules=modules, device="cpu")
-        batches = {batch: [plain(item) for item in items[batch]] for batch in BATCHES}
         exported = []
         for model in (patched, backbone):
             folder = tmp_path_factory.mktemp(name)
             model.save(str(folder), create_model_card=False)
-            exported.append(fresh().encode(folder, batches))
+            exported.append(fresh().encode(folder, items))
         retriever = PatchedRetriever(backbone, patch)
         live = []
         for switch in (True, False):
@@ -111,15 +104,7 @@ def row(stand_in, items, fresh, tmp_path_factory):
     return made
 
 
-def family(name):
-    marks = [pytest.mark.skip("loads with chat.py")] if name in NOT_YET else []
-    if lacking := missing(name):
-        why = f"{name}: its processor needs {', '.join(lacking)}; see vision_operators.py"
-        marks.append(pytest.mark.skip(why))
-    return pytest.param(name, marks=marks)
-
-
-@pytest.fixture(scope="module", params=[family(name) for name in FAMILIES])
+@pytest.fixture(scope="module", params=[parameter(n) for n in FAMILIES if n not in NOT_YET])
 def name(request):
     return request.param
 
@@ -247,7 +232,7 @@ TILED = {
 tile; 1 a tile; 4 a tile and of the whole; as the picture is large."""
 
 
-@pytest.mark.parametrize("name", [family(name) for name in TILED])
+@pytest.mark.parametrize("name", [parameter(name) for name in TILED])
 def test_pictures_are_of_different_numbers_of_tiles(name, stand_in, items):
     model = ByHand(name, stand_in(name))
     image = image_token_id(model.model.config)

@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from families import FAMILIES, NEEDS, missing
+from families import FAMILIES, NEEDS, parameter
 from families.vision_operators import VARIABLE
 from patch_retriever.backbones.load import load_backbone, with_readout
 from patch_retriever.backbones.readout import PAPER_READOUT
+from patch_retriever.items import Item
+from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.retrieval.fingerprint import modules_fingerprint
 
 NOT_YET = ("paligemma2", "chameleon")
@@ -45,7 +47,7 @@ def batch(tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "noise.png"
     pixels = torch.randint(0, 256, (72, 72, 3), generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.byte().numpy()).save(path)
-    return {"image": [{"image": str(path)}]}
+    return {"image": [Item(picture=PictureFile(path))]}
 
 
 @pytest.fixture(scope="session")
@@ -92,12 +94,12 @@ def test_fingerprints_are_the_same_however_an_export_is_loaded(name, exported_he
     assert modules_fingerprint(theirs) == modules_fingerprint(ours)
 
 
+@pytest.mark.torchvision
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="see vision_operators.py")
 @by_family
 def test_with_and_without_torchvision_it_is_the_same_model(
     name, fresh, batch, exported_here, exported_without
 ):
-    if find_spec("torchvision") is None:
-        pytest.skip("no torchvision; see vision_operators.py")
     found = {}
     for torchvision in (True, False):
         for made, folder in (("with", exported_here(name)), ("without", exported_without[name])):
@@ -113,10 +115,8 @@ def test_with_and_without_torchvision_it_is_the_same_model(
     assert float((other_nd - expected_nd).abs().max()) > 1e-5
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize("name", [parameter(name) for name in NEEDS])
 def test_where_torchvision_is_needed_its_backend_stays(name, stand_in, tmp_path):
-    if lacking := missing(name):
-        pytest.skip(f"its processor needs {', '.join(lacking)}; see vision_operators.py")
     transformer = load_backbone(str(stand_in(name)))
     assert not type(transformer.processor.image_processor).__name__.endswith("Pil")
     with_readout(transformer, PAPER_READOUT).save(str(tmp_path), create_model_card=False)

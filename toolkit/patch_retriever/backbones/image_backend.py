@@ -1,10 +1,10 @@
 """One image backend, so that a model gives the same embeddings wherever it is loaded.
 
 transformers has most image processors twice and takes the one on torchvision where that is
-installed, the one on Pillow elsewhere. They round differently when they resize, by one grey level of
-256 here and there, which moved unit embeddings of small random models by up to .007. Neither the
-processor's files nor the name of its class decide which one is taken: only `backend=` when it is
-loaded does (transformers 5.23, AutoImageProcessor).
+installed, the one on Pillow elsewhere. They round differently when they resize, by one grey level
+of 256 here and there, which moved unit embeddings of small random models by up to .007. Neither
+the processor's files nor the name of its class decide which one is taken: only `backend=` when it
+is loaded does (transformers 5.23, AutoImageProcessor).
 
 Pillow is always there, so that is the one. Processors with a video half cannot be made without
 torchvision; they keep its backend, which they then find everywhere.
