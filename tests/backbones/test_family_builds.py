@@ -13,10 +13,9 @@ from patch_retriever import PatchedRetriever, build_retriever
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
 
-NOT_YET = ("paligemma2", "chameleon")
 
 
-@pytest.mark.parametrize("name", [parameter(name) for name in FAMILIES if name not in NOT_YET])
+@pytest.mark.parametrize("name", [parameter(name) for name in FAMILIES])
 def test_build(name, stand_in, photo_folder, tmp_path, fresh, fresh_python, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(fresh_python))  # of the golden check, too
     result = build_retriever(

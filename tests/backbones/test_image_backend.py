@@ -25,8 +25,7 @@ from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.retrieval.fingerprint import modules_fingerprint
 
-NOT_YET = ("paligemma2", "chameleon")
-BOTH_WAYS = [name for name in FAMILIES if name not in NEEDS and name not in NOT_YET]
+BOTH_WAYS = [name for name in FAMILIES if name not in NEEDS]
 """Families that load without torchvision."""
 by_family = pytest.mark.parametrize("name", BOTH_WAYS)
 
