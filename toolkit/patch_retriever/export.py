@@ -1,4 +1,4 @@
-"""A backbone, a readout and a patch as a folder that sentence-transformers loads, with its proof."""
+"""A backbone, a readout and a patch as a folder that sentence-transformers loads, with a proof."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def export_patch(
     """Write the model into `folder`, its patch into `folder/patch`, and check in a fresh process
     that it embeds `golden_items` as the live model does.
 
-    Stock modules only, unless the patch has `layers`: then the folder holds `patched_transformer.py`
-    and its README says that it needs `trust_remote_code=True`.
+    Stock modules only, unless the patch has `layers`: then the folder holds one file of code,
+    `patched_transformer.py`, and its README says that it needs `trust_remote_code=True`.
 
     Returns:
         The largest absolute difference between the exported and the live embeddings.

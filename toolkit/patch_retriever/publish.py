@@ -13,7 +13,6 @@ from patch_retriever.concepts.query import ABOUT, TABLE
 from patch_retriever.concepts.table import add_selection
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
-from patch_retriever.errors import UserError
 from patch_retriever.export import export_patch
 from patch_retriever.files import link_or_copy, write, write_json, write_text
 from patch_retriever.patch.artefact import Patch

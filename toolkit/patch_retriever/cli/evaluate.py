@@ -131,6 +131,7 @@ def _reading(command: Callable[..., None]) -> Callable[..., None]:
     help="Folder of embeddings.  [default: OUT/embeddings, or none]",
 )
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 @options.as_json
 def evaluate(
@@ -149,6 +150,7 @@ def evaluate(
     out: Path | None,
     cache: Path | None,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
     as_json: bool,
     **reading: Any,
@@ -201,6 +203,7 @@ def evaluate(
             batch_size,
             narrator.say,
             narrator.progress,
+            trust_remote_code,
         )
     figures = to_json(found)
     if out is not None:

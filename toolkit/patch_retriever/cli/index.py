@@ -41,6 +41,7 @@ from patch_retriever.cli import options
     help="Do not keep the pooled vectors, which migration and a later --add use.",
 )
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 def index(
     source: Path,
@@ -53,6 +54,7 @@ def index(
     skip_bad: bool,
     drop_embeddings: bool,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
 ) -> None:
     """Encode a folder of pictures, or a file of items, and index them for `search`.
@@ -78,7 +80,7 @@ def index(
     quiet_libraries()
     narrator = Narrator()
     corpus = read_corpus(source, skip_bad=skip_bad)
-    encoder = load_encoder(model, device)
+    encoder = load_encoder(model, device, trust_remote_code)
     if add:
         done = add_corpus(
             corpus, encoder, out, skip_bad, batch_size, narrator.progress, narrator.say
@@ -124,7 +126,8 @@ def index_remove(index: Path, ids: tuple[str, ...]) -> None:
     help="Folder of the new index.",
 )
 @options.device
-def index_migrate(index: Path, model: str, out: Path, device: str) -> None:
+@options.trust_remote_code
+def index_migrate(index: Path, model: str, out: Path, device: str, trust_remote_code: bool) -> None:
     """Write INDEX anew for another MODEL and encode nothing.
 
     That works where the two differ after the pooling alone: a patch of pooled vectors against
@@ -138,5 +141,5 @@ def index_migrate(index: Path, model: str, out: Path, device: str) -> None:
     from patch_retriever.retrieval.index.migration import migrate
 
     quiet_libraries()
-    count = migrate(index, load_encoder(model, device), out, Narrator().say)
+    count = migrate(index, load_encoder(model, device, trust_remote_code), out, Narrator().say)
     click.echo(f"{out}: {count} items for {model}")

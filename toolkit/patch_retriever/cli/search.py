@@ -32,6 +32,7 @@ from patch_retriever.cli import options
     help="Write a page with thumbnails.",
 )
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 @options.as_json
 def search(
@@ -44,6 +45,7 @@ def search(
     ef_search: int | None,
     html: Path | None,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
     as_json: bool,
 ) -> None:
@@ -70,7 +72,7 @@ def search(
     for item in asked:
         item.check_picture()
     quiet_libraries()
-    encoder = load_encoder(model or maker(index), device)
+    encoder = load_encoder(model or maker(index), device, trust_remote_code)
     opened = SavedIndex(index, encoder, gpu=device.startswith("cuda"))
     settings = {"nprobe": nprobe, "efSearch": ef_search}
     answers = answer(

@@ -61,6 +61,7 @@ def _patched(transformer: Transformer, patch: Patch, keep_raw: bool) -> PatchedT
         subtractions[READOUT] = subtraction(patch.subtract)
     made: Any = copy(transformer)
     made.__dict__["_modules"] = dict(transformer._modules)  # a copy of a module shares them
+    made.__dict__.pop("forward", None)  # nnsight's, if the model was probed
     made.__class__ = PatchedTransformer
     made.set_patch(decoder_path(transformer.model) + ".layers", subtractions, keep_raw)
     return made

@@ -33,6 +33,7 @@ class Subtraction(nn.Module):
             self.register_buffer(name, tensors[name].float())
 
     def forward(self, h_ntd: Tensor) -> Tensor:
+        """Patched activations (..., d), in float32."""
         strength_m, W_enc_dm, b_enc_m, threshold_m, W_dec_md = (
             getattr(self, name).to(h_ntd.device, torch.float32) for name in self.FIELDS
         )
@@ -71,8 +72,8 @@ class PatchedTransformer(Transformer):
     """
 
     TENSORS = "patched_transformer.safetensors"
-    config_keys = [*Transformer.config_keys, "decoder_layers", "keep_raw"]
-    forward_kwargs = {*Transformer.forward_kwargs, "patch"}
+    config_keys: list[str] = [*Transformer.config_keys, "decoder_layers", "keep_raw"]
+    forward_kwargs: set[str] = {*Transformer.forward_kwargs, "patch"}
 
     def __init__(
         self, *args: Any, decoder_layers: str = "", keep_raw: bool = False, **kwargs: Any
@@ -86,11 +87,12 @@ class PatchedTransformer(Transformer):
         """What is subtracted, and where; to be called once."""
         self.decoder_layers, self.keep_raw = decoder_layers, keep_raw
         self.subtractions = nn.ModuleDict(subtractions)
-        for number, layer in enumerate(self.model.get_submodule(decoder_layers)):
+        layers: Any = self.model.get_submodule(decoder_layers)
+        for number, layer in enumerate(layers):
             # first of all hooks: whatever else looks at a layer sees it patched
             layer.register_forward_hook(partial(self._after, number), prepend=True)
 
-    def _after(self, number: int, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _after(self, number: int, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         call = _running.get()
         if call is None or call.owner is not self:
             return None
@@ -104,10 +106,10 @@ class PatchedTransformer(Transformer):
             return None
         return (h_ntd, *output[1:]) if isinstance(output, tuple) else h_ntd
 
-    def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def preprocess(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As `Transformer.preprocess`; the switch is not for the processor."""
         kwargs.pop("patch", None)
-        return super().preprocess(inputs, prompt=prompt, **kwargs)
+        return super().preprocess(*args, **kwargs)
 
     def forward(self, features: dict[str, Any], patch: bool = True, **kwargs: Any) -> Any:
         """As `Transformer.forward`, patched or not; no layer after the readout's runs."""
@@ -139,26 +141,10 @@ class PatchedTransformer(Transformer):
         save_file(tensors, Path(output_path) / self.TENSORS)
 
     @classmethod
-    def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **kwargs: Any,
-    ) -> PatchedTransformer:
+    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> PatchedTransformer:
         """What `save` wrote, from a folder or the hub."""
-        where = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        module = super().load(model_name_or_path, **where, **kwargs)
-        path = cls.load_file_path(model_name_or_path, cls.TENSORS, **where)
+        module = super().load(model_name_or_path, *args, **kwargs)
+        path = cls.load_file_path(model_name_or_path, cls.TENSORS, **_where(kwargs))
         if path is None:
             raise FileNotFoundError(f"{model_name_or_path}: {cls.TENSORS} is missing")
         by_site: dict[str, dict[str, Tensor]] = {}
@@ -178,8 +164,8 @@ class PatchedMaps(Module):
     tokens' mean, which tells the kinds apart by the two hyperplanes of a gate.
     """
 
-    config_keys = ["value_at", "gate_at"]
-    forward_kwargs = {"patch", "task"}
+    config_keys: list[str] = ["value_at", "gate_at"]
+    forward_kwargs: set[str] = {"patch", "task"}
     TENSORS = ("weight_rkde", "bias_rke", "direction_2d", "offset_2")
 
     def __init__(self, value_at: int, gate_at: int, tensors: dict[str, Tensor]) -> None:
@@ -189,7 +175,7 @@ class PatchedMaps(Module):
             self.register_buffer(name, tensors[name].float())
 
     def forward(
-        self, features: dict[str, Any], patch: bool = True, task: str | None = None, **kwargs: Any
+        self, features: dict[str, Any], patch: bool = True, task: str | None = None, **_: Any
     ) -> dict[str, Any]:
         """Replaces `sentence_embedding`; everything that is no query is a document."""
         pooled_nw = features["sentence_embedding"].float()
@@ -202,9 +188,7 @@ class PatchedMaps(Module):
             x_nd = self._mapped(x_nd, mean_nd, weight_kde, bias_ke)
         return {**features, "sentence_embedding": x_nd}
 
-    def _mapped(
-        self, x_nd: Tensor, mean_nd: Tensor, weight_kde: Tensor, bias_ke: Tensor
-    ) -> Tensor:
+    def _mapped(self, x_nd: Tensor, mean_nd: Tensor, weight_kde: Tensor, bias_ke: Tensor) -> Tensor:
         out_ne = x_nd @ weight_kde[0] + bias_ke[0]
         if len(weight_kde) == 1:
             return out_ne
@@ -219,30 +203,21 @@ class PatchedMaps(Module):
         return self.weight_rkde.shape[3]
 
     def save(
-        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+        self, output_path: str, *_args: Any, safe_serialization: bool = True, **_: Any
     ) -> None:
         """`config.json` and `model.safetensors`."""
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
-    def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **kwargs: Any,
-    ) -> PatchedMaps:
+    def load(cls, model_name_or_path: str, *_args: Any, **kwargs: Any) -> PatchedMaps:
         """What `save` wrote, from a folder or the hub."""
-        where = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
+        where = _where(kwargs)
         config = cls.load_config(model_name_or_path, **where)
         return cls(**config, tensors=cls.load_torch_weights(model_name_or_path, **where))
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of what a module is loaded with, what says where its files are."""
+    names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+    return {name: kwargs[name] for name in names if name in kwargs}

@@ -30,6 +30,7 @@ from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
 from patch_retriever.retrieval.fingerprint import modules_fingerprint
+from patch_retriever.retrieval.remote_code import load_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -207,22 +208,21 @@ class _Take(nn.Module):
         return {"at": self.at, "width": self.width}
 
 
-def load_encoder(name: str, device: str = "cpu") -> Encoder:
+def load_encoder(name: str, device: str = "cpu", trust_remote_code: bool = False) -> Encoder:
     """An encoder of any sentence-transformers model: a folder, a hub id, the built-in model, or
     `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
 
     Raises:
-        UserError: there is none of that name, or it does not load whole.
+        UserError: there is none of that name, it does not load whole, or it has code of its own
+            that is not ours, without `trust_remote_code`.
     """
-    from sentence_transformers import SentenceTransformer
-
     check_device(device)
     if name.endswith(BASE):
         return _load_base(name, device)
     path = str(built_in_model()) if name == BUILT_IN else name
     check_model(path)
     with strict_loading(name):
-        model = SentenceTransformer(path, device=device)
+        model = load_model(path, device, trust_remote_code)
     return Encoder(model, name)
 
 
@@ -262,7 +262,7 @@ def _load_base(name: str, device: str) -> Encoder:
     check_model(folder)
     patch = Patch.load(Path(folder) / "patch")
     readout = Readout.from_json(patch.about["readout"])
-    if patch.subtract is not None:
+    if patch.subtractions:
         return Encoder(with_readout(load_backbone(folder, device=device), readout), name)
     with strict_loading(folder):
         model = SentenceTransformer(folder, device=device)

@@ -41,6 +41,7 @@ def compare_models(
     batch_size: int = 64,
     say: Say = silent,
     progress: Progress = no_progress,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Every model on every task; the first is the base.
 
@@ -48,6 +49,7 @@ def compare_models(
         cache: folder of the embedding stores; what lies there is not encoded again.
         keep: folder for the files of trials; what lies there is not searched again.
         calibration: tasks whose items the deployable baselines take their statistics from.
+        trust_remote_code: run the code in models' folders that is not this package's own.
 
     Raises:
         UserError: a model does not load or does not take a task's items, an item cannot be read,
@@ -63,7 +65,7 @@ def compare_models(
     judged: dict[str, RetrievalTask] = {}
     for name in names:
         say(f"{name}: encoding and searching")
-        encoder = load_encoder(name, device)
+        encoder = load_encoder(name, device, trust_remote_code)
         if settings.index:
             for task in tasks.values():
                 check_factory(settings.index, len(task.candidate_ids), encoder.dimension)

@@ -67,6 +67,7 @@ class MtebEncoder:
         revision: str | None = None,
         *,
         device: str = "cpu",
+        trust_remote_code: bool = False,
         name: str | None = None,
         task_prompts: bool = False,
     ) -> None:
@@ -76,6 +77,7 @@ class MtebEncoder:
             model: an encoder, or what `load_encoder` takes.
             revision: what results are filed under; by default the model's fingerprint.
             device: torch device, for a model given by name.
+            trust_remote_code: run the code in its folder that is not this package's own.
             name: `organization/name`, as mteb wants it; by default the hub id, or `local/FOLDER`.
             task_prompts: give the model the instructions of the tasks, in place of its own.
 
@@ -83,7 +85,9 @@ class MtebEncoder:
             UserError: the model does not load, or `name` is no such name.
         """
         import_mteb()
-        self.encoder = load_encoder(model, device) if isinstance(model, str) else model
+        self.encoder = (
+            load_encoder(model, device, trust_remote_code) if isinstance(model, str) else model
+        )
         self._task_prompts = task_prompts
         self.mteb_model_meta = _metadata(self.encoder, name, revision, self._experiment())
 
