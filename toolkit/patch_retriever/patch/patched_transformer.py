@@ -72,8 +72,8 @@ class PatchedTransformer(Transformer):
     """
 
     TENSORS = "patched_transformer.safetensors"
-    config_keys: list[str] = [*Transformer.config_keys, "decoder_layers", "keep_raw"]
-    forward_kwargs: set[str] = {*Transformer.forward_kwargs, "patch"}
+    config_keys: list[str] = [*Transformer.config_keys, "decoder_layers", "keep_raw"]  # noqa: RUF012
+    forward_kwargs: set[str] = {*Transformer.forward_kwargs, "patch"}  # noqa: RUF012
 
     def __init__(
         self, *args: Any, decoder_layers: str = "", keep_raw: bool = False, **kwargs: Any
@@ -164,8 +164,8 @@ class PatchedMaps(Module):
     tokens' mean, which tells the kinds apart by the two hyperplanes of a gate.
     """
 
-    config_keys: list[str] = ["value_at", "gate_at"]
-    forward_kwargs: set[str] = {"patch", "task"}
+    config_keys: list[str] = ["value_at", "gate_at"]  # noqa: RUF012
+    forward_kwargs: set[str] = {"patch", "task"}  # noqa: RUF012
     TENSORS = ("weight_rkde", "bias_rke", "direction_2d", "offset_2")
 
     def __init__(self, value_at: int, gate_at: int, tensors: dict[str, Tensor]) -> None:
