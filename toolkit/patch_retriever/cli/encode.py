@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 )
 @options.role
 @options.skip_bad
+@options.revision
 @options.device
 @options.trust_remote_code
 @options.items_per_pass
@@ -34,6 +35,7 @@ def encode(
     out: Path,
     role: Role,
     skip_bad: bool,
+    revision: str | None,
     device: str,
     trust_remote_code: bool,
     batch_size: int,
@@ -61,7 +63,7 @@ def encode(
     if skip_bad:
         kept, unreadable = readable(corpus.items, narrator.progress)
         chosen, skipped = Lazy(kept, corpus.items.__getitem__), skipped + unreadable
-    encoder = load_encoder(model, device, trust_remote_code)
+    encoder = load_encoder(model, device, revision, trust_remote_code)
     shape = encode_file(encoder, chosen, out, role, batch_size, narrator.progress)
     for line in skipped:
         click.echo(f"left out: {line}", err=True)

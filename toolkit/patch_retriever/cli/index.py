@@ -40,6 +40,7 @@ from patch_retriever.cli import options
     is_flag=True,
     help="Do not keep the pooled vectors, which migration and a later --add use.",
 )
+@options.revision
 @options.device
 @options.trust_remote_code
 @options.items_per_pass
@@ -53,6 +54,7 @@ def index(
     role: str,
     skip_bad: bool,
     drop_embeddings: bool,
+    revision: str | None,
     device: str,
     trust_remote_code: bool,
     batch_size: int,
@@ -80,7 +82,7 @@ def index(
     quiet_libraries()
     narrator = Narrator()
     corpus = read_corpus(source, skip_bad=skip_bad)
-    encoder = load_encoder(model, device, trust_remote_code)
+    encoder = load_encoder(model, device, revision, trust_remote_code)
     if add:
         done = add_corpus(
             corpus, encoder, out, skip_bad, batch_size, narrator.progress, narrator.say
@@ -125,9 +127,17 @@ def index_remove(index: Path, ids: tuple[str, ...]) -> None:
     metavar="NEW",
     help="Folder of the new index.",
 )
+@options.revision
 @options.device
 @options.trust_remote_code
-def index_migrate(index: Path, model: str, out: Path, device: str, trust_remote_code: bool) -> None:
+def index_migrate(
+    index: Path,
+    model: str,
+    out: Path,
+    revision: str | None,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
     """Write INDEX anew for another MODEL and encode nothing.
 
     That works where the two differ after the pooling alone: a patch of pooled vectors against
@@ -141,5 +151,7 @@ def index_migrate(index: Path, model: str, out: Path, device: str, trust_remote_
     from patch_retriever.retrieval.index.migration import migrate
 
     quiet_libraries()
-    count = migrate(index, load_encoder(model, device, trust_remote_code), out, Narrator().say)
+    count = migrate(
+        index, load_encoder(model, device, revision, trust_remote_code), out, Narrator().say
+    )
     click.echo(f"{out}: {count} items for {model}")

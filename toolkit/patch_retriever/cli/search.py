@@ -31,6 +31,7 @@ from patch_retriever.cli import options
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a page with thumbnails.",
 )
+@options.revision
 @options.device
 @options.trust_remote_code
 @options.items_per_pass
@@ -44,6 +45,7 @@ def search(
     nprobe: int | None,
     ef_search: int | None,
     html: Path | None,
+    revision: str | None,
     device: str,
     trust_remote_code: bool,
     batch_size: int,
@@ -72,7 +74,7 @@ def search(
     for item in asked:
         item.check_picture()
     quiet_libraries()
-    encoder = load_encoder(model or maker(index), device, trust_remote_code)
+    encoder = load_encoder(model or maker(index), device, revision, trust_remote_code)
     opened = SavedIndex(index, encoder, gpu=device.startswith("cuda"))
     settings = {"nprobe": nprobe, "efSearch": ef_search}
     answers = answer(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from patch_retriever.backbones.families import decoder_path
+from patch_retriever.backbones.families import layers_path
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch, layer_number
 from patch_retriever.patch.export import Layout
 from patch_retriever.patch.operators import Gate, Subtract, compose
@@ -63,7 +63,7 @@ def _patched(transformer: Transformer, patch: Patch, keep_raw: bool) -> PatchedT
     made.__dict__["_modules"] = dict(transformer._modules)  # a copy of a module shares them
     made.__dict__.pop("forward", None)  # nnsight's, if the model was probed
     made.__class__ = PatchedTransformer
-    made.set_patch(decoder_path(transformer.model) + ".layers", subtractions, keep_raw)
+    made.set_patch(layers_path(transformer.model), subtractions, keep_raw)
     return made
 
 
