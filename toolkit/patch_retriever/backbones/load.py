@@ -223,16 +223,32 @@ def device_of(transformer: Transformer) -> torch.device:
 
 
 def set_readout(transformer: Transformer, readout: Readout) -> None:
-    """Make `transformer` read items as `readout` says (its pooling aside)."""
+    """Make `transformer` read items as `readout` says (its pooling aside).
+
+    `last_hidden_state` is after the decoder's final norm, every `layers.N` before it.
+    """
     transformer.processor.chat_template = readout.prompt.wrap(transformer.processor.chat_template)
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1
         output = ["hidden_states", int(readout.site.removeprefix("layers.")) + 1]
+        # else transformers puts the normed state in the last one's place
+        for config in (transformer.config, transformer.config.get_text_config()):
+            config.tie_last_hidden_states = False
     transformer.modality_config = {
         modality: {**params, "method_output_name": output}
         for modality, params in transformer.modality_config.items()
     }
+
+
+def readout_site(transformer: Transformer) -> str:
+    """The site at which `transformer` reads items, as `set_readout` set it."""
+    params = next(iter(transformer.modality_config.values()))
+    match params["method_output_name"]:
+        case ["hidden_states", index]:
+            return f"layers.{index - 1}"
+        case _:
+            return LAST
 
 
 def with_readout(transformer: Transformer, readout: Readout) -> SentenceTransformer:
