@@ -14,7 +14,6 @@ from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
 
 
-
 @pytest.mark.parametrize("name", [parameter(name) for name in FAMILIES])
 def test_build(name, stand_in, photo_folder, tmp_path, fresh, fresh_python, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(fresh_python))  # of the golden check, too

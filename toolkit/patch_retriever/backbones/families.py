@@ -43,6 +43,8 @@ class Family:
     """None: every picture becomes the same number of tokens."""
     kept: tuple[str, ...] = ()
     """Parts that a device map cannot offload to the CPU or the disk."""
+    float32_only: bool = False
+    """Its image part is given float32 pictures whatever it is loaded in, and fails."""
     quirks: str = ""
 
 
@@ -106,7 +108,9 @@ FAMILIES = (
         picture="<racm3:break><image><eoss>",
         layout="{{ @start@ }}" + _PICTURES + _TEXTS + "{{ sep_token }}",
         kept=("vqmodel",),
-        quirks="Its layers are on the model itself, and its VQ-VAE cannot be offloaded.",
+        float32_only=True,
+        quirks="Its layers are on the model itself. Its VQ-VAE cannot be offloaded and runs in "
+        "float32 alone.",
     ),
     Family("LLaVA", ("llava",)),
     Family("LLaVA-NeXT", ("llava_next",), pixels="grids"),

@@ -92,6 +92,7 @@ def load_backbone(
         )
         use_pillow(transformer, path, **at)
     _check_takes_images(transformer, name_or_path)
+    _check_dtype(transformer, name_or_path)
     if device_map is not None:
         _check_placed(transformer, device_map, name_or_path)
     take_chats(transformer)
@@ -117,6 +118,18 @@ def _check_takes_images(transformer: Transformer, name: str) -> None:
         transformer.config.image_token_id = found
     if getattr(processor, "image_processor", None) is None:
         raise no_image_part(name)
+
+
+def _check_dtype(transformer: Transformer, name: str) -> None:
+    """Refuse a dtype in which the family's image part fails."""
+    import torch
+
+    family = family_of(transformer.config)
+    if family and family.float32_only and transformer.model.dtype != torch.float32:
+        raise UserError(
+            f"{name}: {family.name} takes pictures in float32 alone, and this is "
+            f"{str(transformer.model.dtype).removeprefix('torch.')}; use the dtype float32"
+        )
 
 
 def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) -> None:

@@ -63,6 +63,7 @@ def _patched(transformer: Transformer, patch: Patch, keep_raw: bool) -> PatchedT
     made.__dict__["_modules"] = dict(transformer._modules)  # a copy of a module shares them
     made.__dict__.pop("forward", None)  # nnsight's, if the model was probed
     made.__class__ = PatchedTransformer
+    made.config_keys = sorted({*PatchedTransformer.config_keys, *transformer.config_keys})
     made.set_patch(layers_path(transformer.model), subtractions, keep_raw)
     return made
 
