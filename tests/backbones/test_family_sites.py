@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +229,11 @@ def test_a_patch_before_the_final_norm_is_exported_without_code(stand_in, name, 
     without = replace(patch, subtract=None)
     other = PatchedRetriever(with_readout(transformer, readout), without)
     assert float((other.encode(CHATS, convert_to_tensor=True) - expected).abs().max()) > 1e-2
+
+
+def test_the_documents_table_says_so(name, transformer):
+    """What `test_the_last_layer_is_before_...` shows, by name."""
+    lines = (Path(__file__).parents[2] / "docs" / "sites.md").read_text().splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| {name} |"))
+    paths = [f"`{path(transformer.model)}`" for path in (layers_path, final_norm_path)]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [name, *paths, "before", "after"]
