@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -145,6 +146,22 @@ def test_an_attention_that_is_not_there_is_refused_in_one_line(random_model, att
         load_backbone(str(random_model), attention=attention)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(f"{random_model}: that attention cannot be used (")
+
+
+@pytest.mark.parametrize("name", ["paligemma2", "gemma3", "llava"])
+def test_flash_attention_is_refused_where_it_would_hide_tokens(stand_in, name, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    monkeypatch.setattr("patch_retriever.backbones.load.take_chats", Mock(side_effect=Stop))
+    # as if flash attention were installed
+    monkeypatch.setattr(
+        PreTrainedModel, "_check_and_adjust_attn_implementation", lambda *_, **__: "sdpa"
+    )
+    taken = pytest.raises(Stop)
+    refused = pytest.raises(UserError, match="would hide; use sdpa$")
+    with taken if name == "llava" else refused:
+        load_backbone(str(stand_in(name)), attention="flash_attention_2")
 
 
 def test_a_build_loads_the_model_once_and_in_the_dtype_of_its_files(

@@ -58,7 +58,8 @@ def export_patch(
     """
     patch = replace(patch, about={**patch.about, "readout": readout.to_json()})
     retriever = PatchedRetriever(with_readout(transformer, readout), patch)
-    if needs_code(patch):
+    with_code = needs_code(patch, transformer)
+    if with_code:
         modules = patched_modules(transformer, patch, readout.pooling)
     else:
         width = transformer.get_embedding_dimension()
@@ -66,17 +67,17 @@ def export_patch(
     model = SentenceTransformer(modules=modules, device=str(retriever.device))
     try:
         model.save(str(folder), create_model_card=False)
-        if needs_code(patch):
+        if with_code:
             _add_code(folder)
         elif readout.site == f"layers.{n_layers(transformer.model) - 1}":
             _require(folder, _UNTIED)
-        write_text(folder / "README.md", short_card(folder.name, patch, needs_code(patch)))
+        write_text(folder / "README.md", short_card(folder.name, patch, with_code))
         for weights in folder.rglob("*.safetensors"):
             allow_reading(weights)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error})") from None
     patch.save(folder / "patch")
-    write_golden(folder, retriever, golden_items, with_code=needs_code(patch))
+    write_golden(folder, retriever, golden_items, with_code=with_code)
     largest = check_golden(folder)
     write_json(folder / "golden" / "result.json", {"max_abs_diff": largest})
     return largest

@@ -16,7 +16,7 @@ from patch_retriever.data import Data
 from patch_retriever.export import export_patch
 from patch_retriever.files import link_or_copy, write, write_json, write_text
 from patch_retriever.patch.artefact import Patch
-from patch_retriever.patch.deep import needs_code
+from patch_retriever.patch.deep import CODE
 from patch_retriever.report.card import loading, model_card, operators, verdict
 from patch_retriever.report.page import REPORT
 from patch_retriever.report.table import EXPLANATION, setting_text
@@ -99,6 +99,7 @@ def _card(
     golden = json.loads((exported / "golden" / "result.json").read_text())["max_abs_diff"]
     tried = json.loads((readouts / "readout.json").read_text())["scores"]
     texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
+    with_code = (exported / CODE.name).is_file()
     return model_card(
         name=name,
         base_model=config.model,
@@ -111,8 +112,8 @@ def _card(
         setting=setting_text(patch.about["setting"]),
         needs=patch.about["needs"],
         operators=operators(patch),
-        loading=loading(needs_code(patch)),
-        with_code=needs_code(patch),
+        loading=loading(with_code),
+        with_code=with_code,
         golden=f"{golden:.1g}",
         data=data.about,
         warning=data.warning,

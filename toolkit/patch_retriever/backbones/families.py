@@ -41,10 +41,12 @@ class Family:
     """Options of the tokenizer that the model needs."""
     pixels: PixelBudget | None = None
     """None: every picture becomes the same number of tokens."""
+    two_way: bool = False
+    """Whether some tokens see later ones; transformers' flash attention makes it causal."""
     kept: tuple[str, ...] = ()
     """Parts that a device map cannot offload to the CPU or the disk."""
-    float32_only: bool = False
-    """Its image part is given float32 pictures whatever it is loaded in, and fails."""
+    pictures_to: str | None = None
+    """Part that takes pictures in its own dtype and is given float32; all others cast them."""
     quirks: str = ""
 
 
@@ -98,6 +100,7 @@ FAMILIES = (
         layout=_PICTURES + "{{ bos_token }}" + _TEXTS + "{{ '\\n' }}",
         # without them transformers runs it causally; with zeros every token sees every other
         text_options=(("return_token_type_ids", True),),
+        two_way=True,
         quirks="Every token sees every other, as in its training; its own processor takes no text "
         "without a picture, ours does.",
     ),
@@ -108,9 +111,9 @@ FAMILIES = (
         picture="<racm3:break><image><eoss>",
         layout="{{ @start@ }}" + _PICTURES + _TEXTS + "{{ sep_token }}",
         kept=("vqmodel",),
-        float32_only=True,
-        quirks="Its layers are on the model itself. Its VQ-VAE cannot be offloaded and runs in "
-        "float32 alone.",
+        pictures_to="vqmodel.encoder",
+        quirks="Its layers are on the model itself. Its VQ-VAE cannot be offloaded. In half "
+        "precision an export needs `trust_remote_code=True`, since pictures have to be cast.",
     ),
     Family("LLaVA", ("llava",)),
     Family("LLaVA-NeXT", ("llava_next",), pixels="grids"),
@@ -126,6 +129,7 @@ FAMILIES = (
     Family(
         "Gemma 3",
         ("gemma3",),
+        two_way=True,
         quirks="Tokens of one picture see each other; all else is causal.",
     ),
     Family("InternVL", ("internvl",), pixels="tiles", quirks="Needs torchvision."),
@@ -138,6 +142,14 @@ _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 def family_of(config: Any) -> Family | None:
     """The record of a model's family, or None if it has none."""
     return _OF_TYPE.get(config.model_type)
+
+
+def casts_pictures(model: Any) -> bool:
+    """Whether pictures have to be brought to the model's dtype, which stock code does not do."""
+    import torch
+
+    family = family_of(model.config)
+    return bool(family and family.pictures_to) and model.dtype != torch.float32
 
 
 def decoder_path(model: Any) -> str:

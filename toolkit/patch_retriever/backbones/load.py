@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
+    from torch import Tensor, nn
 
 DeviceMap = str | dict[str, str | int]
 
@@ -92,11 +93,17 @@ def load_backbone(
         )
         use_pillow(transformer, path, **at)
     _check_takes_images(transformer, name_or_path)
-    _check_dtype(transformer, name_or_path)
+    if attention is not None:
+        _check_attention(transformer, attention, name_or_path)
     if device_map is not None:
         _check_placed(transformer, device_map, name_or_path)
     take_chats(transformer)
-    if (said := assumed(transformer.model)) is not None:
+    _cast_pictures(transformer)
+    try:
+        said = assumed(transformer.model)
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from None
+    if said is not None:
         warnings.warn(f"{name_or_path}: {said}", stacklevel=2)
     if max_pixels is not None:
         limit_pixels(transformer, max_pixels, name_or_path)
@@ -111,8 +118,9 @@ def _check_takes_images(transformer: Transformer, name: str) -> None:
         # some families say it in the processor alone
         if (found := getattr(processor, "image_token_id", None)) is None:
             modalities = ", ".join(map(str, transformer.modalities))
+            what = "no image token in its text" if "image" in modalities else "a text-only model"
             raise UserError(
-                f"{name}: a text-only model (it takes {modalities}); "
+                f"{name}: {what} (it takes {modalities}); "
                 "patch-retriever needs a multimodal LLM that takes images"
             )
         transformer.config.image_token_id = found
@@ -120,16 +128,27 @@ def _check_takes_images(transformer: Transformer, name: str) -> None:
         raise no_image_part(name)
 
 
-def _check_dtype(transformer: Transformer, name: str) -> None:
-    """Refuse a dtype in which the family's image part fails."""
-    import torch
-
+def _check_attention(transformer: Transformer, attention: str, name: str) -> None:
+    """Refuse flash attention where it drops a part of the family's mask without a word."""
     family = family_of(transformer.config)
-    if family and family.float32_only and transformer.model.dtype != torch.float32:
+    if family and family.two_way and "flash" in attention:
         raise UserError(
-            f"{name}: {family.name} takes pictures in float32 alone, and this is "
-            f"{str(transformer.model.dtype).removeprefix('torch.')}; use the dtype float32"
+            f"{name}: {family.name} has tokens that see later ones, which {attention} would hide; "
+            "use sdpa"
         )
+
+
+def _cast_pictures(transformer: Transformer) -> None:
+    """Bring pictures to the dtype of the part that takes them, as the family's users do by hand."""
+    family = family_of(transformer.config)
+    if family and family.pictures_to:
+        part = transformer.model.get_submodule(family.pictures_to)
+        part.register_forward_pre_hook(_in_its_dtype)
+
+
+def _in_its_dtype(part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = next(part.parameters()).dtype
+    return tuple(values.to(dtype) for values in inputs)
 
 
 def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from patch_retriever.backbones.families import layers_path
+from patch_retriever.backbones.families import casts_pictures, layers_path
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch, layer_number
 from patch_retriever.patch.export import Layout
 from patch_retriever.patch.operators import Gate, Subtract, compose
@@ -28,9 +28,9 @@ CODE = Path(__file__).with_name("patched_transformer.py")
 """The file that travels with the folder."""
 
 
-def needs_code(patch: Patch) -> bool:
-    """Whether an export of `patch` holds code of its own."""
-    return bool(patch.layers)
+def needs_code(patch: Patch, transformer: Transformer) -> bool:
+    """Whether an export of `patch` on this backbone holds code of its own."""
+    return bool(patch.layers) or casts_pictures(transformer.model)
 
 
 def patched_modules(transformer: Transformer, patch: Patch, pooling: str) -> list[nn.Module]:

@@ -119,6 +119,9 @@ class PatchedTransformer(Transformer):
                 last_layer = index - 1
             case _:
                 last_layer = None
+        pictures = features.get("pixel_values")
+        if torch.is_tensor(pictures):  # Chameleon takes them in its own dtype alone
+            features = {**features, "pixel_values": pictures.to(self.model.dtype)}
         token = _running.set(_Call(self, patch, last_layer))
         try:
             features = super().forward(features, **kwargs)

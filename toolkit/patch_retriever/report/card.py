@@ -93,8 +93,9 @@ def loading(with_code: bool) -> str:
     if not with_code:
         return "It loads with sentence-transformers alone, without `trust_remote_code`:"
     return (
-        "It patches the model between its layers, which no stock module can: it loads with "
-        "sentence-transformers and `trust_remote_code=True`, which runs the one file of code here, "
+        "It patches the model between its layers, or brings pictures to the model's precision, "
+        "which no stock module can: it loads with sentence-transformers and "
+        "`trust_remote_code=True`, which runs the one file of code here, "
         "`patched_transformer.py`. `encode(..., patch=False)` gives the model without its patch:"
     )
 
