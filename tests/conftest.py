@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,8 +19,21 @@ from families.vision_operators import use_torchvision
 
 use_torchvision()
 
+if TYPE_CHECKING:
+    from fresh import Fresh
+
 SMALL_SCENES = {"calibration": 24, "validation": 20, "test": 24}
 SMALL_SAE = {"expansion": 4, "k": 8, "steps": 40, "batch_size": 256}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of families that need torchvision, whatever they call the family."""
+    from families import NEEDS
+
+    for item in items:
+        params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in NEEDS for value in params):
+            item.add_marker("torchvision")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,6 +106,36 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter that knows sentence-transformers and not this package."""
+    from fresh import make_python
+
+    return make_python(tmp_path_factory.mktemp("python") / "venv")
+
+
+@pytest.fixture(scope="session")
+def fresh(
+    fresh_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Fresh]]:
+    """`fresh()` is a process of that interpreter, `fresh(torchvision=False)` one that has no
+    torchvision even where TORCHVISION_FOR_TESTS names one."""
+    from functools import cache
+
+    from fresh import Fresh
+
+    started = []
+
+    @cache
+    def start(torchvision: bool = True) -> Fresh:
+        started.append(Fresh(fresh_python, tmp_path_factory.mktemp("fresh"), torchvision))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.close()
 
 
 @pytest.fixture(scope="session")

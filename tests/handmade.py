@@ -68,17 +68,18 @@ def make_map(by, spread, seed):
     return Affine(f"map {by}", by, weight_gde, 0.1 * spread * normal(g, WIDTH, seed=seed + 10))
 
 
-def make_patches(model_folder, readout):
+def make_patches(model_folder, readout, items=ITEMS):
     """An SAE, the features of the items under a readout, and a patch for each of PATCHES."""
     transformer = load_backbone(model_folder)
+    kinds_n = torch.tensor([KINDS.index(item.kind) for item in items])
     spread = float(
-        collect_features(transformer, ITEMS, readout, make_sae(1.0), KINDS_N).pooled_nd.std()
+        collect_features(transformer, items, readout, make_sae(1.0), kinds_n).pooled_nd.std()
     )
     sae = make_sae(spread)
-    features = collect_features(transformer, ITEMS, readout, sae, KINDS_N)
-    gate = fit.fit_gate(features.mean_nd, KINDS_N)
+    features = collect_features(transformer, items, readout, sae, kinds_n)
+    gate = fit.fit_gate(features.mean_nd, kinds_n)
     subtract = Subtract.from_sae(sae, normal(C, seed=2).clamp(0, 1))
-    groups = [(kind == KINDS_N).nonzero()[:, 0] for kind in range(3)]
+    groups = [(kind == kinds_n).nonzero()[:, 0] for kind in range(3)]
     centring = fit.centre(features.pooled_nd, groups, "modality")
     role, every = make_map("role", spread, 3), make_map("all", spread, 4)
     about = {"readout": readout.to_json()}

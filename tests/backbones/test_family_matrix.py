@@ -178,7 +178,8 @@ def test_the_site_before_the_mlp_is_the_residual_stream_after_attention(transfor
 
 
 TURN_OF_ANSWER = {"llava": "ASSISTANT:"}
-"""Opened without a special token before it, so that nothing tells it from an instruction."""
+END_OF_TURN = {"llava-next": " [/INST]"}
+"""Both written without a special token before them: nothing tells them from an instruction."""
 
 
 @by_prompt
@@ -198,10 +199,10 @@ def test_roles_are_those_of_the_decoded_ids(name, transformer, prompt, kind):
             return transformer.tokenizer.decode(ids_t[roles_t == ROLES.index(role)]).strip()
 
         assert words("text") == (item.text or "")
-        asked = getattr(prompt, item.kind).strip()
+        asked = getattr(prompt, item.kind) + END_OF_TURN.get(name, "")
         if prompt.generation_prompt and name in TURN_OF_ANSWER:
             asked += f" {TURN_OF_ANSWER[name]}"
-        assert words("instruction") == asked
+        assert words("instruction") == asked.strip()
         has_image = bool((roles_t == ROLES.index("image")).any())
         assert has_image == (item.picture is not None)
 
@@ -218,6 +219,7 @@ def test_the_template_and_the_prompt_keep_their_roles_whatever_the_text_says(tra
 
 GRIDS = {
     "llava": (3, 3),
+    "llava-next": None,
     "gemma3": (2, 2),
     "paligemma2": (3, 3),
     "chameleon": (2, 2),

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from families.gemma import gemma3, paligemma2
 from families.idefics import idefics3, smolvlm
-from families.llava import internvl, llava, llava_onevision
+from families.llava import internvl, llava, llava_next, llava_onevision
 from families.meta import chameleon
 from families.qwen import qwen2_5_vl, qwen2_vl, qwen3_vl
 
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "llava": llava,
+    "llava-next": llava_next,
     "llava-onevision": llava_onevision,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
@@ -44,3 +48,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
 def missing(name: str) -> list[str]:
     """The packages that a family's processor needs and that are not installed."""
     return [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
+
+
+def parameter(name: str) -> Any:
+    """A family as a test's parameter, skipped where its processor lacks a package."""
+    lacking = ", ".join(missing(name))
+    why = f"{name}: its processor needs {lacking}; see vision_operators.py"
+    return pytest.param(name, marks=[pytest.mark.skipif(bool(lacking), reason=why)])

@@ -1,4 +1,4 @@
-"""LLaVA 1.5, LLaVA-OneVision and InternVL 3, as their `-hf` checkpoints are."""
+"""LLaVA 1.5, LLaVA-NeXT, LLaVA-OneVision and InternVL 3, as their `-hf` checkpoints are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ LLAVA_TEMPLATE = """\
 {% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
 {{ content['text'] + ' '}}{% endfor %}{% endfor %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+NEXT_TEMPLATE = """\
+{% for message in messages %}\
+{% if message['role'] == 'system' %}\
+{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}\
+{% elif message['role'] == 'user' %}{{ '[INST] ' }}\
+{# Render all images first #}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}\
+{% endfor %}{# Render all text next #}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{{ content['text'] }}{% endfor %}{{' [/INST]' }}\
+{% else %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"""
 ONEVISION_TEMPLATE = """\
 {% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}\
 {# Render all images first #}\
@@ -31,6 +42,9 @@ INTERNVL_TEMPLATE = """\
 {% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}\
 {{'<|im_end|>\\n'}}{% endfor %}\
 {% if add_generation_prompt %}{{'<|im_start|>assistant\\n' }}{% endif %}"""
+
+PINPOINTS = [[28, 28], [28, 56], [56, 28], [56, 56]]
+"""Sizes that a picture is cut into tiles at."""
 
 
 def llava(folder: Path) -> None:
@@ -75,6 +89,50 @@ def llava(folder: Path) -> None:
     save(folder, LlavaForConditionalGeneration, config, tokenizer, files, LLAVA_TEMPLATE)
 
 
+def llava_next(folder: Path) -> None:
+    """LLaVA-NeXT (Mistral): CLIP, the picture whole and in tiles, ends of lines between."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaTokenizer,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        MistralConfig,
+    )
+
+    special = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+    tokenizer = LlamaTokenizer(
+        **sentence_piece(*special),
+        pad_token="<pad>",
+        add_bos_token=True,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION, image_size=28, patch_size=14),
+        text_config=MistralConfig(vocab_size=len(tokenizer) + 9, head_dim=16, **TEXT),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    image_processor = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "processor_class": "LlavaNextProcessor",
+        "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28},
+        "image_grid_pinpoints": PINPOINTS,
+    }
+    processor = {
+        "processor_class": "LlavaNextProcessor",
+        "image_token": "<image>",
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+    files = {"preprocessor_config.json": image_processor, "processor_config.json": processor}
+    save(folder, LlavaNextForConditionalGeneration, config, tokenizer, files, NEXT_TEMPLATE)
+
+
 def llava_onevision(folder: Path) -> None:
     """LLaVA-OneVision: SigLIP and Qwen2, the picture whole and in tiles, ends of lines between."""
     from transformers import (
@@ -96,7 +154,6 @@ def llava_onevision(folder: Path) -> None:
         },
     )
     ids = tokenizer.convert_tokens_to_ids
-    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
             **VISION, image_size=28, patch_size=14, vision_use_head=False
@@ -104,14 +161,14 @@ def llava_onevision(folder: Path) -> None:
         text_config=Qwen2Config(vocab_size=len(tokenizer) + 9, **TEXT),
         image_token_index=ids("<image>"),
         video_token_index=ids("<video>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=PINPOINTS,
     )
     size = {"height": 28, "width": 28}
     image_processor = {
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "processor_class": "LlavaOnevisionProcessor",
         "size": size,
-        "image_grid_pinpoints": pinpoints,
+        "image_grid_pinpoints": PINPOINTS,
     }
     video_processor = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": size}
     processor = {

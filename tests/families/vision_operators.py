@@ -6,8 +6,10 @@ uses them, so declaring them is enough. A process without this fails at its firs
 transformers where such a torchvision is installed. So it is kept in a folder of its own, named by
 TORCHVISION_FOR_TESTS, that only the test process sees:
 
-    pip install --target FOLDER --no-deps torchvision num2words docopt
-    TORCHVISION_FOR_TESTS=FOLDER pytest tests/backbones/test_family_matrix.py
+    pip install --target FOLDER --no-deps torchvision num2words
+    TORCHVISION_FOR_TESTS=FOLDER pytest -m torchvision
+
+`make test-families` does both. Processes that tests start see it likewise (tests/fresh.py).
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ def use_torchvision() -> None:
     import torch
 
     sys.path.append(folder)
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _kept.append(library)  # what it declares is gone with it
+    if torch.version.cuda is None:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)  # what it declares is gone with it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that its image reader did not load
         import torchvision  # noqa: F401

@@ -164,7 +164,7 @@ def rewrite(saved, **changes):
 
 
 def test_a_newer_format_asks_for_an_upgrade(saved):
-    rewrite(saved, format=2)
+    rewrite(saved, format=3)
     assert_unreadable(saved, "newer")
 
 

@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from patch_retriever.build import build_retriever as build_retriever
     from patch_retriever.config import BuildConfig as BuildConfig
+    from patch_retriever.export import export_patch as export_patch
     from patch_retriever.patch.artefact import Patch as Patch
     from patch_retriever.retriever import PatchedRetriever as PatchedRetriever
     from patch_retriever.sae.settings import SAESettings as SAESettings
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "build_retriever": "patch_retriever.build",
     "BuildConfig": "patch_retriever.config",
+    "export_patch": "patch_retriever.export",
     "Patch": "patch_retriever.patch.artefact",
     "PatchedRetriever": "patch_retriever.retriever",
     "SAESettings": "patch_retriever.sae.settings",
@@ -41,6 +43,7 @@ __all__ = [
     "SAESettings",
     "__version__",
     "build_retriever",
+    "export_patch",
     "train_sae",
 ]
 

@@ -38,7 +38,7 @@ from sentence_transformers import SentenceTransformer
 here = Path(__file__).parent
 inputs = json.loads((here / "inputs.json").read_text(encoding="utf-8"))
 expected = load_file(here / "embeddings.safetensors")
-model = SentenceTransformer(str(here.parent), device="cpu")
+model = SentenceTransformer(str(here.parent), device="cpu"FLAG)
 
 
 def load(item):
@@ -55,6 +55,8 @@ found = {
     "one_by_one": torch.stack([model.encode(item, convert_to_tensor=True) for item in items]),
 }
 expected["one_by_one"] = expected["document"]
+if "unpatched" in expected:
+    found["unpatched"] = model.encode_document(items, convert_to_tensor=True, patch=False)
 largest = max(float((found[k].float() - expected[k]).abs().max()) for k in found)
 dtype = str(model.dtype).removeprefix("torch.")
 print(json.dumps({"max_abs_diff": largest, "dtype": dtype, "items": len(items)}))
@@ -62,8 +64,14 @@ sys.exit(0 if largest <= TOLERANCES[dtype] else 1)
 '''.replace("TOLERANCES", repr(TOLERANCES))
 
 
-def write_golden(folder: Path, retriever: PatchedRetriever, items: Sequence[Item]) -> None:
-    """Write `golden/` into an export: inputs, the live model's embeddings, the script."""
+def write_golden(
+    folder: Path, retriever: PatchedRetriever, items: Sequence[Item], with_code: bool = False
+) -> None:
+    """Write `golden/` into an export: inputs, the live model's embeddings, the script.
+
+    An export `with_code` of its own is loaded with `trust_remote_code=True`, and is also checked
+    without its patch, which only such a one can be.
+    """
     golden = folder / FOLDER
     golden.mkdir(parents=True, exist_ok=True)
     inputs = []
@@ -79,8 +87,13 @@ def write_golden(folder: Path, retriever: PatchedRetriever, items: Sequence[Item
         "query": retriever.encode_query(loaded, convert_to_tensor=True),
         "document": retriever.encode_document(loaded, convert_to_tensor=True),
     }
+    if with_code:
+        embeddings["unpatched"] = retriever.encode_document(
+            loaded, convert_to_tensor=True, patch=False
+        )
     write_tensors(golden / "embeddings.safetensors", embeddings)
-    write_text(golden / "check.py", CHECK)
+    flag = ", trust_remote_code=True" if with_code else ""
+    write_text(golden / "check.py", CHECK.replace("FLAG", flag))
 
 
 def check_golden(folder: Path) -> float:

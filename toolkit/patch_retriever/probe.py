@@ -27,9 +27,10 @@ Edit = Callable[["Tensor"], "Tensor"]
 class Probe:
     """nnsight around a `Transformer` and, where one is given, the `Pooling` after it.
 
-    Sites are `layers.N` (the residual stream after decoder layer N), `layers.N.attention` (before
-    that layer's MLP; to be read only), `last_hidden_state` (what the transformer gives to the
-    pooling) and `pooled`.
+    Sites are `layers.N` (the residual stream after decoder layer N, so that the last of them is
+    before the final norm), `layers.N.attention` (before that layer's MLP; to be read only),
+    `last_hidden_state` (what the transformer gives to the pooling: after the final norm, unless
+    `set_readout` says a layer) and `pooled`.
     """
 
     def __init__(self, transformer: Transformer, pooling: nn.Module | None = None) -> None:
@@ -43,22 +44,32 @@ class Probe:
         self._layers = f"transformer.model.{layers_path(transformer.model)}"
         self._norm = residual_norm(transformer.model)
 
-    def read(self, features: dict[str, Any], sites: Sequence[str]) -> dict[str, Tensor]:
-        """Run one preprocessed batch and return the activations at `sites`.
+    def read(
+        self,
+        features: dict[str, Any],
+        sites: Sequence[str],
+        edits: Mapping[str, Edit] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run one preprocessed batch and return the activations at `sites`, with `edits[site]`
+        applied to those of some.
 
-        The forward pass ends at the deepest site. Tensors are (n, tokens, d), or (n, d) for
-        `pooled`.
+        The forward pass ends at the deepest of all these sites; a site that is edited is read
+        after its edit. Tensors are (n, tokens, d), or (n, d) for `pooled`.
         """
         import nnsight
         import torch
 
-        ordered = sorted(sites, key=_depth)
-        envoys = [(site, self._envoy(site)) for site in ordered]
+        edits = edits or {}
+        ordered = sorted({*sites, *edits}, key=_depth)
+        steps = [(site, self._envoy(site), edits.get(site), site in sites) for site in ordered]
         found: dict[str, Tensor] = {}
         with torch.no_grad(), self._net.trace(dict(features)) as tracer:
-            for site, envoy in envoys:
-                read = envoy.input if site.endswith(BEFORE_MLP) else _value(envoy.output, site)
-                found[site] = nnsight.save(read)
+            for site, envoy, edit, wanted in steps:
+                if edit is not None:
+                    envoy.output = _replaced(envoy.output, site, edit)
+                if wanted:
+                    read = envoy.input if site.endswith(BEFORE_MLP) else _value(envoy.output, site)
+                    found[site] = nnsight.save(read)
             tracer.stop()
         return found
 

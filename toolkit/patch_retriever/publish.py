@@ -1,4 +1,4 @@
-"""The end of a build: export, golden check, and the folder that users load."""
+"""The end of a build: the export, and the folder that users load."""
 
 from __future__ import annotations
 
@@ -7,25 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from sentence_transformers import SentenceTransformer
-
 import patch_retriever
-from patch_retriever.backbones.load import with_readout
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import ABOUT, TABLE
 from patch_retriever.concepts.table import add_selection
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
-from patch_retriever.errors import UserError
-from patch_retriever.files import allow_reading, link_or_copy, write, write_json, write_text
-from patch_retriever.golden import check_golden, write_golden
+from patch_retriever.export import export_patch
+from patch_retriever.files import link_or_copy, write, write_json, write_text
 from patch_retriever.patch.artefact import Patch
-from patch_retriever.patch.export import export_modules
-from patch_retriever.report.card import model_card, operators, verdict
+from patch_retriever.patch.deep import CODE
+from patch_retriever.report.card import loading, model_card, operators, verdict
 from patch_retriever.report.page import REPORT
 from patch_retriever.report.table import EXPLANATION, setting_text
-from patch_retriever.retriever import PatchedRetriever
 from patch_retriever.runs import DONE
 from patch_retriever.stages.readout import load_readout
 
@@ -36,29 +30,16 @@ if TYPE_CHECKING:
 def export(
     transformer: Transformer, readout: Readout, selected: Path, data: Data, folder: Path
 ) -> None:
-    """Write the model as stock sentence-transformers modules and check it in a fresh process.
+    """Write the selected patch's model and check it in a fresh process.
 
     Raises:
         UserError: the export differs from the live model by more than 1e-5 (float32).
     """
-    patch = Patch.load(selected / "patch")
-    retriever = PatchedRetriever(with_readout(transformer, readout), patch)
-    width = transformer.get_embedding_dimension()
-    modules = [transformer, *export_modules(patch, width, readout.pooling)]
-    model = SentenceTransformer(modules=modules, device=str(retriever.device))
-    try:
-        model.save(str(folder), create_model_card=False)
-        for weights in folder.rglob("*.safetensors"):
-            allow_reading(weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written ({error})") from None
     items = data.splits["validation"].items
     golden = [
         i for kind in ("text", "image", "both") for i in [x for x in items if x.kind == kind][:3]
     ]
-    write_golden(folder, retriever, golden)
-    largest = check_golden(folder)
-    write_json(folder / "golden" / "result.json", {"max_abs_diff": largest})
+    export_patch(transformer, readout, Patch.load(selected / "patch"), folder, golden)
 
 
 def publish(
@@ -118,6 +99,7 @@ def _card(
     golden = json.loads((exported / "golden" / "result.json").read_text())["max_abs_diff"]
     tried = json.loads((readouts / "readout.json").read_text())["scores"]
     texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
+    with_code = (exported / CODE.name).is_file()
     return model_card(
         name=name,
         base_model=config.model,
@@ -130,6 +112,8 @@ def _card(
         setting=setting_text(patch.about["setting"]),
         needs=patch.about["needs"],
         operators=operators(patch),
+        loading=loading(with_code),
+        with_code=with_code,
         golden=f"{golden:.1g}",
         data=data.about,
         warning=data.warning,

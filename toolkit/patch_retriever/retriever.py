@@ -6,24 +6,24 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-import torch
 from sentence_transformers import SentenceTransformer
 
-from patch_retriever.backbones.load import load_backbone, with_readout
+from patch_retriever.backbones.families import n_layers
+from patch_retriever.backbones.load import load_backbone, readout_site, with_readout
 from patch_retriever.backbones.pooling import pool, pooling_weights
-from patch_retriever.backbones.readout import LAST, PoolingMode, Readout
+from patch_retriever.backbones.readout import PoolingMode, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.explain import Explanation, check_sae, explain_pair, pool_item
-from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
-from patch_retriever.patch.operators import apply_maps
-from patch_retriever.probe import Probe
+from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch, layer_number
+from patch_retriever.patch.operators import apply_composed, compose
+from patch_retriever.probe import Edit, Probe
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.model import SparseAutoencoder
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class PatchedRetriever(SentenceTransformer):
@@ -32,7 +32,7 @@ class PatchedRetriever(SentenceTransformer):
     `encode` and its kin take two more arguments:
 
     - `patch=False` runs the backbone as it is;
-    - `keep_concepts=[...]` leaves those concepts (numbers in the SAE) in.
+    - `keep_concepts=[...]` leaves those concepts (numbers in the SAE) in, at every site.
 
     `explain` takes one similarity apart. For that it needs the whole SAE that the patch was made
     with, as `sae`: the SAE, or its folder or hub id, which is read when it is first needed.
@@ -51,10 +51,18 @@ class PatchedRetriever(SentenceTransformer):
         patch: Patch,
         sae: SparseAutoencoder | Path | str | None = None,
     ) -> None:
+        """Wrap a backbone (`with_readout`); its modules are the caller's, nothing is copied.
+
+        Raises:
+            UserError: the patch is for another readout's site or for layers that the backbone does
+                not have, or `sae` is not the SAE that it was made with.
+        """
+        _check_sites(patch, cast("Transformer", backbone[0]))
         super().__init__(modules=list(backbone), device=str(backbone.device))
         self.patch = patch
         # not child modules: an nn.Sequential would run them
-        self.__dict__["_probe"] = Probe(cast("Transformer", self[0]), self[1])
+        self.__dict__["_probe"] = Probe(cast("Transformer", self[0]))
+        self.__dict__["_live"] = _Live(patch)
         self.__dict__["_sae"] = sae
         if isinstance(sae, SparseAutoencoder):
             self._check(sae, "the SAE")
@@ -99,22 +107,10 @@ class PatchedRetriever(SentenceTransformer):
         """One preprocessed batch to unit embeddings, with or without the patch."""
         if not patch:
             return super().forward(input, **kwargs)
-        subtract, keep_m = self.patch.subtract, None
-        if subtract is not None and keep_concepts:
-            keep_m = torch.isin(subtract.concepts_m, torch.tensor(sorted(keep_concepts)))
-        role = QUERY if task == "query" else DOCUMENT
-        weights_nt = pooling_weights(input["attention_mask"], "mean")
-        raw: dict[str, Tensor] = {}  # what the gate sees: before any patch
-
-        def subtract_tokens(h_ntd: Tensor) -> Tensor:  # patches are float32, backbones may be less
-            raw["mean_nd"] = pool(h_ntd, weights_nt)
-            return h_ntd if subtract is None else subtract(h_ntd.float(), keep_m)
-
-        def correct(x_nd: Tensor) -> Tensor:
-            return apply_maps(self.patch.maps, self.patch.gate, x_nd.float(), raw["mean_nd"], role)
-
-        probe: Probe = self.__dict__["_probe"]
-        out = probe.run(input, {LAST: subtract_tokens, "pooled": correct})
+        live: _Live = self.__dict__["_live"]
+        if live.patch is not self.patch:
+            self.__dict__["_live"] = live = _Live(self.patch)
+        out = live.run(self.__dict__["_probe"], self[1], input, task, frozenset(keep_concepts))
         return self[2](out)
 
     @property
@@ -149,8 +145,14 @@ class PatchedRetriever(SentenceTransformer):
             b: a document as `encode_document` takes it.
 
         Raises:
-            UserError: there is no SAE, or not the patch's, or the pooling is not linear.
+            UserError: there is no SAE, or not the patch's, or the pooling is not linear, or the
+                patch is felt by later layers.
         """
+        if self.patch.layers:
+            raise UserError(
+                f"this patch is felt by all layers after {', '.join(self.patch.layers)}, so that a "
+                "similarity is no sum of parts; explain a patch at the readout"
+            )
         sae, pooling = self.sae, cast("Pooling", self[1]).pooling_mode
         if pooling not in get_args(PoolingMode):
             raise UserError(
@@ -164,3 +166,76 @@ class PatchedRetriever(SentenceTransformer):
             )
             items.append(pool_item(tokens_td, mask_t, cast("PoolingMode", pooling), sae))
         return explain_pair(self.patch, sae, *items)
+
+
+class _Live:
+    """A patch as it runs live: its tensors where the activations are, its maps as one.
+
+    It computes in float32, whatever the backbone's dtype; a layer gets its own dtype back.
+    """
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self._subtractions = dict(patch.subtractions)
+        self._maps: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gate = patch.gate if patch.gated else None
+
+    def run(
+        self,
+        probe: Probe,
+        pooling: nn.Module,
+        features: dict[str, Any],
+        task: str | None,
+        keep: frozenset[int],
+    ) -> dict[str, Any]:
+        """One preprocessed batch to pooled and mapped vectors, not of length 1 yet."""
+        site = self.patch.site
+        raw: dict[str, Tensor] = {}  # what the gate sees: before the subtraction at the readout
+
+        def at_layer(layer: str) -> Edit:
+            return lambda h_ntd: self._subtracted(layer, h_ntd, keep).to(h_ntd.dtype)
+
+        def at_readout(h_ntd: Tensor) -> Tensor:
+            raw["tokens_ntd"] = h_ntd
+            return self._subtracted(site, h_ntd, keep)
+
+        edits = {layer: at_layer(layer) for layer in self.patch.layers}
+        found = probe.read(features, [site], {**edits, site: at_readout})
+        out: dict[str, Any] = pooling({**features, "token_embeddings": found[site]})
+        x_nd = mean_nd = out["sentence_embedding"].float()
+        if self._gate is not None:
+            weights_nt = pooling_weights(features["attention_mask"], "mean")
+            mean_nd = pool(raw["tokens_ntd"], weights_nt)
+        role = QUERY if task == "query" else DOCUMENT
+        return {**out, "sentence_embedding": self._mapped(x_nd, mean_nd, role)}
+
+    def _subtracted(self, site: str, h_ntd: Tensor, keep: frozenset[int]) -> Tensor:
+        if site not in self._subtractions:
+            return h_ntd
+        placed = self._subtractions[site] = self._subtractions[site].to(h_ntd.device)
+        return placed.keeping(keep)(h_ntd.float())
+
+    def _mapped(self, x_nd: Tensor, mean_nd: Tensor, role: int) -> Tensor:
+        if not self.patch.maps:
+            return x_nd
+        if role not in self._maps or self._maps[role][0].device != x_nd.device:
+            weight_kde, bias_ke = compose(self.patch.maps, x_nd.shape[1], role)
+            self._maps[role] = (weight_kde.to(x_nd.device), bias_ke.to(x_nd.device))
+            self._gate = None if self._gate is None else self._gate.to(x_nd.device)
+        return apply_composed(*self._maps[role], self._gate, x_nd, mean_nd)
+
+
+def _check_sites(patch: Patch, transformer: Transformer) -> None:
+    """Refuse a patch of another readout, and one for layers that are not there.
+
+    Raises:
+        UserError: it is one.
+    """
+    read_at, n = readout_site(transformer), n_layers(transformer.model)
+    if patch.site != read_at:
+        raise UserError(f"a patch at {patch.site}, but the backbone is read at {read_at}")
+    if missing := [site for site in patch.layers if layer_number(site) >= n]:
+        raise UserError(
+            f"a patch at {', '.join(missing)}, but the backbone's layers are layers.0 to "
+            f"layers.{n - 1}"
+        )

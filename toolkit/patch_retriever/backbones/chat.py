@@ -40,7 +40,8 @@ def take_chats(transformer: Transformer) -> None:
         filled = layout.replace("@picture@", json.dumps(picture))
         start = json.dumps(_start(processor.tokenizer))
         processor.chat_template = filled.replace("@start@", start)
-    if "message" not in transformer.modality_config or "text" not in transformer.modality_config:
+    laid_out = family is not None and family.layout is not None
+    if laid_out or not {"message", "text"} <= set(transformer.modality_config):
         _set_modalities(transformer)
 
 

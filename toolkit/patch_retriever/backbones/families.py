@@ -45,6 +45,8 @@ class Family:
     """Whether some tokens see later ones; transformers' flash attention makes it causal."""
     kept: tuple[str, ...] = ()
     """Parts that a device map cannot offload to the CPU or the disk."""
+    pictures_to: str | None = None
+    """Part that takes pictures in its own dtype and is given float32; all others cast them."""
     quirks: str = ""
 
 
@@ -109,7 +111,9 @@ FAMILIES = (
         picture="<racm3:break><image><eoss>",
         layout="{{ @start@ }}" + _PICTURES + _TEXTS + "{{ sep_token }}",
         kept=("vqmodel.quantize",),  # reads its weights without running what holds them
-        quirks="Its layers are on the model itself, and its book of codes cannot be offloaded.",
+        pictures_to="vqmodel.encoder",
+        quirks="Its layers are on the model itself. Its book of codes cannot be offloaded. In half "
+        "precision an export needs `trust_remote_code=True`, since pictures have to be cast.",
     ),
     Family("LLaVA", ("llava",)),
     Family("LLaVA-NeXT", ("llava_next",), pixels="grids"),
@@ -138,6 +142,14 @@ _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 def family_of(config: Any) -> Family | None:
     """The record of a model's family, or None if it has none."""
     return _OF_TYPE.get(config.model_type)
+
+
+def casts_pictures(model: Any) -> bool:
+    """Whether pictures have to be brought to the model's dtype, which stock code does not do."""
+    import torch
+
+    family = family_of(model.config)
+    return bool(family and family.pictures_to) and model.dtype != torch.float32
 
 
 def decoder_path(model: Any) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.skip_bad
 @options.revision
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 def encode(
     model: str,
@@ -36,6 +37,7 @@ def encode(
     skip_bad: bool,
     revision: str | None,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
 ) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
@@ -61,7 +63,7 @@ def encode(
     if skip_bad:
         kept, unreadable = readable(corpus.items, narrator.progress)
         chosen, skipped = Lazy(kept, corpus.items.__getitem__), skipped + unreadable
-    encoder = load_encoder(model, device, revision)
+    encoder = load_encoder(model, device, revision, trust_remote_code)
     shape = encode_file(encoder, chosen, out, role, batch_size, narrator.progress)
     for line in skipped:
         click.echo(f"left out: {line}", err=True)

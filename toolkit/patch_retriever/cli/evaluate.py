@@ -132,6 +132,7 @@ def _reading(command: Callable[..., None]) -> Callable[..., None]:
 )
 @options.revision
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 @options.as_json
 def evaluate(
@@ -151,6 +152,7 @@ def evaluate(
     cache: Path | None,
     revision: str | None,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
     as_json: bool,
     **reading: Any,
@@ -204,6 +206,7 @@ def evaluate(
             narrator.say,
             narrator.progress,
             revision,
+            trust_remote_code,
         )
     figures = to_json(found)
     if out is not None:

@@ -42,6 +42,7 @@ from patch_retriever.cli import options
 )
 @options.revision
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 def index(
     source: Path,
@@ -55,6 +56,7 @@ def index(
     drop_embeddings: bool,
     revision: str | None,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
 ) -> None:
     """Encode a folder of pictures, or a file of items, and index them for `search`.
@@ -80,7 +82,7 @@ def index(
     quiet_libraries()
     narrator = Narrator()
     corpus = read_corpus(source, skip_bad=skip_bad)
-    encoder = load_encoder(model, device, revision)
+    encoder = load_encoder(model, device, revision, trust_remote_code)
     if add:
         done = add_corpus(
             corpus, encoder, out, skip_bad, batch_size, narrator.progress, narrator.say
@@ -127,7 +129,15 @@ def index_remove(index: Path, ids: tuple[str, ...]) -> None:
 )
 @options.revision
 @options.device
-def index_migrate(index: Path, model: str, out: Path, revision: str | None, device: str) -> None:
+@options.trust_remote_code
+def index_migrate(
+    index: Path,
+    model: str,
+    out: Path,
+    revision: str | None,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
     """Write INDEX anew for another MODEL and encode nothing.
 
     That works where the two differ after the pooling alone: a patch of pooled vectors against
@@ -141,5 +151,7 @@ def index_migrate(index: Path, model: str, out: Path, revision: str | None, devi
     from patch_retriever.retrieval.index.migration import migrate
 
     quiet_libraries()
-    count = migrate(index, load_encoder(model, device, revision), out, Narrator().say)
+    count = migrate(
+        index, load_encoder(model, device, revision, trust_remote_code), out, Narrator().say
+    )
     click.echo(f"{out}: {count} items for {model}")

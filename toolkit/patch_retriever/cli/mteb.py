@@ -50,6 +50,7 @@ from patch_retriever.errors import UserError
     "[default: the newest commit, filed under a hash of all that decides its vectors]",
 )
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 @options.as_json
 def mteb(
@@ -62,6 +63,7 @@ def mteb(
     name: str | None,
     revision: str | None,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
     as_json: bool,
 ) -> None:
@@ -87,10 +89,23 @@ def mteb(
     from patch_retriever.retrieval.mteb.encoder import MtebEncoder, MtebRetriever
 
     encoder = (
-        MtebEncoder(model, revision, device=device, name=name, task_prompts=prompts)
+        MtebEncoder(
+            model,
+            revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            name=name,
+            task_prompts=prompts,
+        )
         if factory is None
         else MtebRetriever(
-            model, revision, device=device, name=name, task_prompts=prompts, index=factory
+            model,
+            revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            name=name,
+            task_prompts=prompts,
+            index=factory,
         )
     )
     narrator = Narrator(silent=as_json)

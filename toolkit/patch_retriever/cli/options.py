@@ -30,3 +30,8 @@ role = click.option(
     help="Encode the items as documents, to be found by queries, or as queries.",
 )
 skip_bad = click.option("--skip-bad", is_flag=True, help="Leave bad rows and pictures out.")
+trust_remote_code = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the code that lies in the model's folder, if it is not this package's own.",
+)

@@ -33,6 +33,7 @@ from patch_retriever.cli import options
 )
 @options.revision
 @options.device
+@options.trust_remote_code
 @options.items_per_pass
 @options.as_json
 def search(
@@ -46,6 +47,7 @@ def search(
     html: Path | None,
     revision: str | None,
     device: str,
+    trust_remote_code: bool,
     batch_size: int,
     as_json: bool,
 ) -> None:
@@ -72,7 +74,7 @@ def search(
     for item in asked:
         item.check_picture()
     quiet_libraries()
-    encoder = load_encoder(model or maker(index), device, revision)
+    encoder = load_encoder(model or maker(index), device, revision, trust_remote_code)
     opened = SavedIndex(index, encoder, gpu=device.startswith("cuda"))
     settings = {"nprobe": nprobe, "efSearch": ef_search}
     answers = answer(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patch_retriever.backbones.readout import LAST
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.files import write_json, write_tensors
 from patch_retriever.patch.operators import Affine, Gate, Subtract, apply_maps
 
 CONFIG, TENSORS = "patch.json", "patch.safetensors"
-FORMAT = 1
+FORMAT = 2
+"""1 for a patch without `layers`, which older versions read."""
 
 QUERY, DOCUMENT = 0, 1
 
@@ -25,8 +29,11 @@ QUERY, DOCUMENT = 0, 1
 class Patch:
     """`subtract` on the tokens at `site`, then, after pooling, `maps` in order.
 
-    `gate` is there where a map has statistics per modality. `about` says how the patch was made
-    (free JSON: readout, selected concepts with reasons, settings, data).
+    `site` is the readout's: `last_hidden_state` or `layers.N`. `layers` says what is subtracted
+    before it, from the residual stream after decoder layers (`layers.N`): later layers see it gone.
+    `subtract`, `gate` and `maps` are of the model that is patched so. `gate` is there where a map
+    has statistics per modality. `about` says how the patch was made (free JSON: readout, selected
+    concepts with reasons, settings, data).
     """
 
     site: str
@@ -34,8 +41,12 @@ class Patch:
     maps: tuple[Affine, ...] = ()
     gate: Gate | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Subtract] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for site in self.layers:
+            if self.site != LAST and layer_number(site) >= layer_number(self.site):
+                raise ValueError(f"a subtraction at {site} is not before the readout, {self.site}")
         if self.gated and self.gate is None:
             raise ValueError("a map with statistics per modality needs a gate")
 
@@ -46,11 +57,19 @@ class Patch:
 
     @property
     def strengths(self) -> dict[int, float]:
-        """How much of each concept is subtracted, for those of which anything is."""
-        if self.subtract is None:
-            return {}
-        pairs = zip(self.subtract.concepts_m, self.subtract.strength_m, strict=True)
-        return {int(concept): float(strength) for concept, strength in pairs}
+        """How much of each concept is subtracted, for those of which anything is; where that is at
+        several sites, at the last."""
+        return {
+            int(concept): float(strength)
+            for subtract in self.subtractions.values()
+            for concept, strength in zip(subtract.concepts_m, subtract.strength_m, strict=True)
+        }
+
+    @property
+    def subtractions(self) -> dict[str, Subtract]:
+        """All of them by their sites, in the order of the forward pass."""
+        found = {site: self.layers[site] for site in sorted(self.layers, key=layer_number)}
+        return found if self.subtract is None else {**found, self.site: self.subtract}
 
     @property
     def why(self) -> str:
@@ -59,7 +78,8 @@ class Patch:
         return f"{method}: {reason}" if reason not in ("", method) else method
 
     def embed(self, features: Features, role: int) -> Tensor:
-        """Unit embeddings (n, e) of items as queries or documents, from their features."""
+        """Unit embeddings (n, e) of items as queries or documents, from their features: those of
+        the model with `layers` patched."""
         x_nd = features.pooled_nd
         if self.subtract is not None:
             x_nd = self.subtract.on_pooled(x_nd, features.codes)
@@ -70,9 +90,10 @@ class Patch:
         """Write `patch.safetensors` and `patch.json`."""
         tensors: dict[str, Tensor] = {}
         operators: list[dict[str, str]] = []
-        if self.subtract is not None:
-            operators.append({"kind": "subtract"})
-            tensors |= {f"subtract.{k}": v for k, v in vars(self.subtract).items()}
+        for site, subtract in self.subtractions.items():
+            at = {"site": site} if site in self.layers else {}
+            operators.append({"kind": "subtract", **at})
+            tensors |= {f"{_prefix(at)}{k}": v for k, v in vars(subtract).items()}
         for i, step in enumerate(self.maps):
             operators.append({"kind": "affine", "name": step.name, "by": step.by})
             tensors |= {f"map{i}.weight_gde": step.weight_gde, f"map{i}.bias_ge": step.bias_ge}
@@ -85,7 +106,8 @@ class Patch:
             gate = {"margin": self.gate.margin}
         # an empty file is no safetensors: the identity patch still has its site
         write_tensors(folder / TENSORS, tensors or {"none": torch.zeros(1)})
-        values = {"format": FORMAT, "site": self.site, "operators": operators, "gate": gate}
+        version = FORMAT if self.layers else 1
+        values = {"format": version, "site": self.site, "operators": operators, "gate": gate}
         write_json(folder / CONFIG, {**values, "about": self.about})
 
     @classmethod
@@ -109,14 +131,14 @@ class Patch:
             kinds = [operator["kind"] for operator in values["operators"]]
             if unknown := set(kinds) - {"subtract", "affine"}:
                 raise ValueError(f"unknown operators {sorted(unknown)}")
-            subtract = None
-            if "subtract" in kinds:
-                fields = {
-                    k.removeprefix("subtract."): v
-                    for k, v in tensors.items()
-                    if k.startswith("subtract.")
-                }
-                subtract = Subtract(**fields)
+            subtract, layers = None, {}
+            for operator in values["operators"]:
+                if operator["kind"] == "subtract":
+                    found = Subtract(**_with_prefix(tensors, _prefix(operator)))
+                    if "site" in operator:
+                        layers[operator["site"]] = found
+                    else:
+                        subtract = found
             affine = [operator for operator in values["operators"] if operator["kind"] == "affine"]
             maps = tuple(
                 Affine(
@@ -129,6 +151,26 @@ class Patch:
                 gate = Gate(
                     tensors["gate.direction_2d"], tensors["gate.offset_2"], values["gate"]["margin"]
                 )
-            return cls(values["site"], subtract, maps, gate, values["about"])
+            return cls(values["site"], subtract, maps, gate, values["about"], layers)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder}: a damaged patch ({error}); build it again") from None
+
+
+def layer_number(site: str) -> int:
+    """N of `layers.N`.
+
+    Raises:
+        ValueError: it is another site.
+    """
+    if not re.fullmatch(r"layers\.\d+", site):
+        raise ValueError(f"{site!r} is no layer (layers.N)")
+    return int(site.removeprefix("layers."))
+
+
+def _prefix(operator: Mapping[str, str]) -> str:
+    """How the names of a subtraction's tensors begin."""
+    return f"{operator.get('site', 'subtract')}."
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,5 +1,7 @@
 """A patch as stock sentence-transformers modules: exact, and no code travels with the folder.
 
+Of a patch of layers (`deep.py`) this is what comes at the readout and after it.
+
 The switch in both parts is `GLU` (a * sigmoid(b), a stock torch activation without arguments):
 with a steep b the sigmoid is exactly 0 or 1 in floating point.
 
@@ -57,7 +59,7 @@ def token_modules(subtract: Subtract, keep_raw: bool) -> list[Dense]:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where in a pooled vector of `width` the patched vector and what the gate sees begin."""
 
     width: int
@@ -66,7 +68,7 @@ class _Layout:
     pooling: str | tuple[str, ...]
 
     @classmethod
-    def of(cls, patch: Patch, d: int, pooling: str) -> _Layout:
+    def of(cls, patch: Patch, d: int, pooling: str) -> Layout:
         """Tokens are [patched; raw] where a gate has to see raw ones; a last-token readout with a
         gate pools the mean beside the last token (`Pooling` puts it first)."""
         raw_at = d if patch.subtract is not None and patch.gated else 0
@@ -82,10 +84,10 @@ class _Layout:
 
 def pooled_value(patch: Patch, d: int, pooling: str) -> int:
     """Where in the pooled vector of an exported patch the d entries of the readout begin."""
-    return _Layout.of(patch, d, pooling).value_at
+    return Layout.of(patch, d, pooling).value_at
 
 
-def pooled_modules(patch: Patch, d: int, role: int, layout: _Layout) -> list[Dense]:
+def pooled_modules(patch: Patch, d: int, role: int, layout: Layout) -> list[Dense]:
     """`Dense` modules on `sentence_embedding`: the patch's maps for one role."""
     weight_kde, bias_ke = compose(patch.maps, d, role)
     same = all(
@@ -98,7 +100,7 @@ def pooled_modules(patch: Patch, d: int, role: int, layout: _Layout) -> list[Den
     return _switched(weight_kde, bias_ke, patch.gate, layout)
 
 
-def _switched(weight_kde: Tensor, bias_ke: Tensor, gate: Gate, layout: _Layout) -> list[Dense]:
+def _switched(weight_kde: Tensor, bias_ke: Tensor, gate: Gate, layout: Layout) -> list[Dense]:
     """text map + [image] (image - text) + [both] (both - image), as two `Dense` modules."""
     _, d, e = weight_kde.shape
     steps_ed = torch.cat(
@@ -142,7 +144,7 @@ def export_modules(patch: Patch, d: int, pooling: str) -> list[nn.Module]:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     modules: list[nn.Module] = []
-    layout = _Layout.of(patch, d, pooling)
+    layout = Layout.of(patch, d, pooling)
     width = d
     if patch.subtract is not None:
         modules += token_modules(patch.subtract, keep_raw=patch.gated)

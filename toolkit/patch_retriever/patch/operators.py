@@ -8,7 +8,8 @@ LEACE, Procrustes, CCA, ridge regression and gains on principal components are a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -55,11 +56,24 @@ class Subtract:
             sae.W_dec_cd[concepts_m],
         )
 
-    def __call__(self, h_nd: Tensor, keep_m: Tensor | None = None) -> Tensor:
-        """Patched activations (..., d); concepts marked in `keep_m` (bool) stay."""
+    def to(self, device: torch.device) -> Subtract:
+        """The same on a device; itself where it is there already."""
+        if self.W_dec_md.device == device:
+            return self
+        return Subtract(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def keeping(self, concepts: Collection[int]) -> Subtract:
+        """The same without some concepts (numbers in the SAE), which stay in."""
+        if not concepts:
+            return self
+        numbers = torch.tensor(sorted(concepts), device=self.concepts_m.device)
+        keep_m = torch.isin(self.concepts_m, numbers)
+        return replace(self, strength_m=self.strength_m.masked_fill(keep_m, 0))
+
+    def __call__(self, h_nd: Tensor) -> Tensor:
+        """Patched activations (..., d)."""
         u = h_nd @ self.W_enc_dm + self.b_enc_m
-        strength_m = self.strength_m if keep_m is None else self.strength_m.masked_fill(keep_m, 0)
-        return h_nd - (u * (u > self.threshold_m) * strength_m) @ self.W_dec_md
+        return h_nd - (u * (u > self.threshold_m) * self.strength_m) @ self.W_dec_md
 
     def on_pooled(self, pooled_nd: Tensor, codes: Codes) -> Tensor:
         """What pooling the patched tokens would give, from pooled vectors and pooled codes.
@@ -120,6 +134,10 @@ class Gate:
     offset_2: Tensor
     margin: float
 
+    def to(self, device: torch.device) -> Gate:
+        """The same on a device."""
+        return Gate(self.direction_2d.to(device), self.offset_2.to(device), self.margin)
+
     def switches(self, mean_nd: Tensor) -> Tensor:
         """(n, 2): whether there is an image, whether there is an image and a text."""
         return (mean_nd @ self.direction_2d.T + self.offset_2 > 0).float()
@@ -134,10 +152,17 @@ def apply_maps(
 ) -> Tensor:
     """`maps` in order on pooled vectors; `mean_nd`, the raw tokens' means, decide the kind."""
     weight_kde, bias_ke = compose(maps, x_nd.shape[1], role)
-    if gate is None:
-        return x_nd @ weight_kde[0] + bias_ke[0]
-    switch_n2 = gate.switches(mean_nd)
+    return apply_composed(weight_kde, bias_ke, gate, x_nd, mean_nd)
+
+
+def apply_composed(
+    weight_kde: Tensor, bias_ke: Tensor, gate: Gate | None, x_nd: Tensor, mean_nd: Tensor
+) -> Tensor:
+    """As `apply_maps`, for maps that are one already (`compose`)."""
     out_ne = x_nd @ weight_kde[0] + bias_ke[0]
+    if gate is None:
+        return out_ne
+    switch_n2 = gate.switches(mean_nd)
     for k in (0, 1):  # telescoped, as the export computes it: text, then + image, then + both
         step_ne = x_nd @ (weight_kde[k + 1] - weight_kde[k]) + bias_ke[k + 1] - bias_ke[k]
         out_ne = out_ne + switch_n2[:, k, None] * step_ne

@@ -21,13 +21,12 @@ tags:
 # {{ name }}
 
 `{{ base_model }}`{% if commit %} (commit `{{ commit }}`){% endif %} as a retriever of images,
-texts and both, patched by patch-retriever {{ version }}. It loads with sentence-transformers alone,
-without `trust_remote_code`:
+texts and both, patched by patch-retriever {{ version }}. {{ loading }}
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{{ name }}")
+model = SentenceTransformer("{{ name }}"{{ ", trust_remote_code=True" if with_code }})
 queries = model.encode_query(["{{ example }}"])
 documents = model.encode_document([picture, {"image": picture, "text": "a caption"}])
 scores = model.similarity(queries, documents)
@@ -53,6 +52,23 @@ scores = model.similarity(queries, documents)
 lost: `report/report.html`.
 """
 
+_SHORT_CARD = """\
+---
+library_name: sentence-transformers
+---
+# {{ name }}
+
+A retriever of images, texts and both, patched by patch-retriever: {{ operators }}. {{ loading }}
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{{ name }}"{{ ", trust_remote_code=True" if with_code }})
+```
+
+`python golden/check.py` checks it where you are.
+"""
+
 
 def model_card(**values: Any) -> str:
     """The card as Markdown; raises if a value is missing."""
@@ -61,12 +77,37 @@ def model_card(**values: Any) -> str:
     )
 
 
+def short_card(name: str, patch: Patch, with_code: bool) -> str:
+    """The README of an export that no build made."""
+    return (
+        Environment(undefined=StrictUndefined, trim_blocks=True)
+        .from_string(_SHORT_CARD)
+        .render(
+            name=name, loading=loading(with_code), with_code=with_code, operators=operators(patch)
+        )
+    )
+
+
+def loading(with_code: bool) -> str:
+    """What a folder needs to be loaded, for its README."""
+    if not with_code:
+        return "It loads with sentence-transformers alone, without `trust_remote_code`:"
+    return (
+        "It patches the model between its layers, or brings pictures to the model's precision, "
+        "which no stock module can: it loads with sentence-transformers and "
+        "`trust_remote_code=True`, which runs the one file of code here, "
+        "`patched_transformer.py`. `encode(..., patch=False)` gives the model without its patch:"
+    )
+
+
 def operators(patch: Patch) -> str:
     """A patch's operators in order, in words."""
-    names = [step.name for step in patch.maps]
-    if patch.subtract is not None:
-        names.insert(0, f"subtract {len(patch.subtract.concepts_m)} concepts")
-    return ", ".join(names) or "none"
+    names = [
+        f"subtract {len(subtract.concepts_m)} concepts"
+        + (f" at {site}" if site in patch.layers else "")
+        for site, subtract in patch.subtractions.items()
+    ]
+    return ", ".join([*names, *(step.name for step in patch.maps)]) or "none"
 
 
 def verdict(table: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from patch_retriever.files import value_hash
 from patch_retriever.hub import commit_of
 from patch_retriever.items import Item
 from patch_retriever.retrieval.fingerprint import modules_fingerprint
+from patch_retriever.retrieval.remote_code import load_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -208,16 +209,20 @@ class _Take(nn.Module):
         return {"at": self.at, "width": self.width}
 
 
-def load_encoder(name: str, device: str = "cpu", revision: str | None = None) -> Encoder:
+def load_encoder(
+    name: str,
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
     """An encoder of any sentence-transformers model: a folder, a hub id, the built-in model, or
     `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
     `revision` of a hub id is a branch, a tag or a commit; None for the newest.
 
     Raises:
-        UserError: there is none of that name, or it does not load whole.
+        UserError: there is none of that name, it does not load whole, or it has code of its own
+            that is not ours, without `trust_remote_code`.
     """
-    from sentence_transformers import SentenceTransformer
-
     check_device(device)
     path = str(built_in_model()) if name == BUILT_IN else name
     if revision is not None and (name.endswith(BASE) or Path(path).exists()):
@@ -227,7 +232,7 @@ def load_encoder(name: str, device: str = "cpu", revision: str | None = None) ->
     check_model(path)
     commit = None if revision is None else commit_of(path, revision)
     with strict_loading(name):
-        model = SentenceTransformer(path, device=device, revision=commit)
+        model = load_model(path, device, commit, trust_remote_code)
     return Encoder(model, name)
 
 
@@ -267,7 +272,7 @@ def _load_base(name: str, device: str) -> Encoder:
     check_model(folder)
     patch = Patch.load(Path(folder) / "patch")
     readout = Readout.from_json(patch.about["readout"])
-    if patch.subtract is not None:
+    if patch.subtractions:
         return Encoder(with_readout(load_backbone(folder, device=device), readout), name)
     with strict_loading(folder):
         model = SentenceTransformer(folder, device=device)

@@ -19,6 +19,7 @@ def modules_fingerprint(modules: Iterable[nn.Module]) -> str:
     module: Any
     for module in modules:
         settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+        settings.pop("processor_kwargs", None)  # how to load what is hashed below
         config: Any = getattr(module, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else {}
         for where_it_lay in ("_name_or_path", "transformers_version"):
@@ -46,7 +47,7 @@ def _without_state(path: Path) -> bytes:
     values = json.loads(path.read_text())
     if path.name == "tokenizer.json":
         values["padding"] = values["truncation"] = None
-    for name in ("max_length", "pad_to_multiple_of", "pad_token_type_id", "stride"):
+    for name in ("backend", "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride"):
         values.pop(name, None)
     values.pop("truncation_strategy", None)
     for side in ("padding_side", "truncation_side"):

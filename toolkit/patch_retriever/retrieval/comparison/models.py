@@ -44,6 +44,7 @@ def compare_models(
     say: Say = silent,
     progress: Progress = no_progress,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Every model on every task; the first is the base.
 
@@ -52,6 +53,7 @@ def compare_models(
         keep: folder for the files of trials; what lies there is not searched again.
         calibration: tasks whose items the deployable baselines take their statistics from.
         revision: of the one hub id among the names: a branch, a tag or a commit.
+        trust_remote_code: run the code in models' folders that is not this package's own.
 
     Raises:
         UserError: a model does not load or does not take a task's items, an item cannot be read,
@@ -73,7 +75,9 @@ def compare_models(
     judged: dict[str, RetrievalTask] = {}
     for name in names:
         say(f"{name}: encoding and searching")
-        encoder = load_encoder(name, device, revision if name in on_hub else None)
+        encoder = load_encoder(
+            name, device, revision if name in on_hub else None, trust_remote_code
+        )
         if settings.index:
             for task in tasks.values():
                 check_factory(settings.index, len(task.candidate_ids), encoder.dimension)

@@ -68,6 +68,7 @@ class MtebEncoder:
         revision: str | None = None,
         *,
         device: str = "cpu",
+        trust_remote_code: bool = False,
         name: str | None = None,
         task_prompts: bool = False,
     ) -> None:
@@ -78,6 +79,7 @@ class MtebEncoder:
             revision: what results are filed under, and of a hub id what is loaded; by default the
                 newest commit, and the model's fingerprint to file under.
             device: torch device, for a model given by name.
+            trust_remote_code: run the code in its folder that is not this package's own.
             name: `organization/name`, as mteb wants it; by default the hub id, or `local/FOLDER`.
             task_prompts: give the model the instructions of the tasks, in place of its own.
 
@@ -87,7 +89,7 @@ class MtebEncoder:
         import_mteb()
         if isinstance(model, str):
             on_hub = revision if is_hub_id(model) and not Path(model).exists() else None
-            model = load_encoder(model, device, on_hub)
+            model = load_encoder(model, device, on_hub, trust_remote_code)
         self.encoder = model
         self._task_prompts = task_prompts
         self.mteb_model_meta = _metadata(self.encoder, name, revision, self._experiment())

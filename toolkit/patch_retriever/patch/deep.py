@@ -1,0 +1,84 @@
+"""A patch in the middle of the model as sentence-transformers modules, with code of its own.
+
+No stock module can change the residual stream on its way through the layers. So the export holds a
+copy of `patched_transformer.py`, and whoever loads it has to say `trust_remote_code=True`. With the
+code there, all of the patch is in it, so that `encode(..., patch=False)` switches all of it off.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from patch_retriever.backbones.families import casts_pictures, layers_path
+from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch, layer_number
+from patch_retriever.patch.export import Layout
+from patch_retriever.patch.operators import Gate, Subtract, compose
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+
+    from patch_retriever.patch.patched_transformer import PatchedMaps, PatchedTransformer
+
+CODE = Path(__file__).with_name("patched_transformer.py")
+"""The file that travels with the folder."""
+
+
+def needs_code(patch: Patch, transformer: Transformer) -> bool:
+    """Whether an export of `patch` on this backbone holds code of its own."""
+    return bool(patch.layers) or casts_pictures(transformer.model)
+
+
+def patched_modules(transformer: Transformer, patch: Patch, pooling: str) -> list[nn.Module]:
+    """The whole model, around the model and processor of `transformer`, which stays as it is."""
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    d = transformer.get_embedding_dimension()
+    layout = Layout.of(patch, d, pooling)
+    keep_raw = patch.subtract is not None and patch.gated
+    modules: list[nn.Module] = [
+        _patched(transformer, patch, keep_raw),
+        Pooling(2 * d if keep_raw else d, layout.pooling),
+    ]
+    if patch.maps:
+        modules.append(_maps(patch, d, layout))
+    return [*modules, Normalize()]
+
+
+def _patched(transformer: Transformer, patch: Patch, keep_raw: bool) -> PatchedTransformer:
+    from patch_retriever.patch.patched_transformer import READOUT, PatchedTransformer, Subtraction
+
+    def subtraction(subtract: Subtract) -> Subtraction:
+        return Subtraction({name: vars(subtract)[name] for name in Subtraction.FIELDS})
+
+    subtractions = {str(layer_number(s)): subtraction(patch.layers[s]) for s in patch.layers}
+    if patch.subtract is not None:
+        subtractions[READOUT] = subtraction(patch.subtract)
+    made: Any = copy(transformer)
+    made.__dict__["_modules"] = dict(transformer._modules)  # a copy of a module shares them
+    made.__dict__.pop("forward", None)  # nnsight's, if the model was probed
+    made.__class__ = PatchedTransformer
+    made.config_keys = sorted({*PatchedTransformer.config_keys, *transformer.config_keys})
+    made.set_patch(layers_path(transformer.model), subtractions, keep_raw)
+    return made
+
+
+def _maps(patch: Patch, d: int, layout: Layout) -> PatchedMaps:
+    from patch_retriever.patch.patched_transformer import PatchedMaps
+
+    roles = (QUERY, DOCUMENT) if any(step.by == "role" for step in patch.maps) else (DOCUMENT,)
+    composed = [compose(patch.maps, d, role) for role in roles]
+    kinds = 3 if patch.gated else 1
+    gate = patch.gate or Gate(torch.zeros(2, d), torch.zeros(2), 0.0)
+    tensors = {
+        "weight_rkde": torch.stack([weight_kde[:kinds] for weight_kde, _ in composed]),
+        "bias_rke": torch.stack([bias_ke[:kinds] for _, bias_ke in composed]),
+        "direction_2d": gate.direction_2d,
+        "offset_2": gate.offset_2,
+    }
+    return PatchedMaps(layout.value_at, layout.gate_at, tensors)
