@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.items import Item
+from patch_retriever.patch.operators import Subtract
 from patch_retriever.probe import Probe
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.codes import Codes
@@ -54,6 +55,28 @@ def collect_pooled(
                     found[readout] = torch.empty(len(items), pooled_nd.shape[1])
                 found[readout][numbers] = pooled_nd.cpu()
     return found
+
+
+def collect_patched(
+    transformer: Transformer,
+    items: Sequence[Item],
+    readout: Readout,
+    layers: Mapping[str, Subtract],
+    kinds_n: Tensor,
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+) -> Features:
+    """Pooled vectors of `items` by the model that is patched at `layers`, without codes."""
+    set_readout(transformer, Readout(readout.prompt))
+    probe, edits = Probe(transformer), {site: s.on_stream for site, s in layers.items()}
+    width = transformer.get_embedding_dimension()
+    pooled_nd, mean_nd = torch.empty(2, len(items), width).unbind()
+    for numbers, features in item_batches(transformer, items, batch_size, progress):
+        tokens_ntd = probe.read(features, [readout.site], edits)[readout.site]
+        mask_nt = features["attention_mask"]
+        pooled_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, readout.pooling)).cpu()
+        mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
+    return Features(pooled_nd, mean_nd, Codes.from_dense(torch.zeros(len(items), 0)), kinds_n)
 
 
 def collect_tokens(
