@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from sentence_transformers import SentenceTransformer
 
@@ -13,9 +14,11 @@ from conftest import SMALL_SAE, SMALL_SCENES
 from patch_retriever import PatchedRetriever, build_retriever
 from patch_retriever.backbones.readout import readout_grid
 from patch_retriever.errors import UserError
+from patch_retriever.patch.artefact import Patch
 from patch_retriever.retrieval.encoder import load_encoder
 from patch_retriever.retrieval.evaluate import evaluate_embeddings
 from patch_retriever.scenes.tasks import scenes_collection
+from patch_retriever.stages import patched, selection
 
 SITE = "layers.0"
 SETTINGS = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "patch_at": SITE}
@@ -25,7 +28,6 @@ REMOVED = "removed by discriminative attribution, centred, at layers.0"
 @pytest.fixture(scope="module")
 def built(random_model, tmp_path_factory):
     """The folder of a build in which validation prefers a removal to everything else."""
-    from patch_retriever.stages import selection
 
     def prefer_removal(patches, features, collection):
         outcome = selection_evaluate(patches, features, collection)
@@ -62,25 +64,16 @@ def test_it_is_the_live_model_and_the_flag_is_said(built):
     assert f"at {SITE}" in readme
 
 
-def test_the_table_has_its_rows_controls_and_base(table):
-    for name in (
-        "text-dominant ones",
-        "by attribution,",
-        "by discriminative attribution, centred,",
+def test_the_table_has_rows_of_the_layer_their_controls_and_the_base(table):
+    for row, control in (
+        ("text-dominant concepts removed at layers.0", "text-dominant ones at layers.0"),
+        ("removed by attribution, at layers.0", "by attribution, at layers.0"),
+        (REMOVED, REMOVED.removeprefix("removed ")),
     ):
-        (row,) = (
-            r
-            for r in table.values()
-            if not r["control"]
-            and name.removesuffix(" ones")[:9] in r["method"]
-            and f"at {SITE}" in r["method"]
-            and name.split(",")[0].removesuffix(" ones") in r["method"]
-            and ("centred" in name) == ("centred" in r["method"])
-        )
-        (control,) = (m for m in table if m.startswith("random") and name in m)
-        assert table[control]["control"]
-        assert row["setting"]
-    assert {"base, the paper's readout", "base, chosen readout"} <= set(table)
+        assert not table[row]["control"]
+        assert table[f"random concepts, energy as {control}"]["control"]
+    others = {"base, the paper's readout", "base, chosen readout", "centring, all items"}
+    assert others <= set(table)
     assert not any("rebuilt" in name or "CCA" in name for name in table)
 
 
@@ -101,11 +94,7 @@ def test_a_second_run_does_nothing_again(built, random_model):
     assert {p: p.stat().st_mtime_ns for p in (built / "run").glob("*/done.json")} == before
 
 
-def test_the_table_of_concepts_is_of_the_layer(built, random_model):
-    import pyarrow.parquet as pq
-
-    from patch_retriever.patch.artefact import Patch
-
+def test_the_table_of_concepts_is_of_the_layer(built):
     patch = Patch.load(built / "patch")
     rows = pq.read_table(built / "report" / "concepts.parquet").to_pylist()
     strengths = {row["concept"]: row["strength"] for row in rows if row["strength"]}
@@ -134,10 +123,7 @@ def test_analyze_refuses_it_in_one_line(built, tmp_path):
     assert SITE in error_line(invoke("analyze", built, "-o", tmp_path / "out"))
 
 
-def test_features_are_kept_and_made_once(built, random_model, monkeypatch):
-    from patch_retriever.patch.artefact import Patch
-    from patch_retriever.stages import patched
-
+def test_features_are_kept_and_made_once(built, monkeypatch):
     made = []
     monkeypatch.setattr(patched, "features_without", lambda *args: made.append(args) or len(made))
     patch = Patch.load(built / "patch")
