@@ -14,7 +14,7 @@ from patch_retriever.activations.stream import Block, in_blocks, is_held_out, so
 from patch_retriever.backbones.inputs import item_batches
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.pooling import pool, pooling_weights
-from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.backbones.readout import Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
@@ -106,10 +106,10 @@ def _token_batches(
     progress: Progress = no_progress,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Activations (t, d), roles, whether pooled, and item numbers of all tokens, by batches."""
-    set_readout(transformer, readout)
+    set_readout(transformer, Readout(readout.prompt))
     probe, roles_of = Probe(transformer), TokenRoles(transformer)
     for numbers, features in item_batches(transformer, items, batch_size, progress):
-        tokens_ntd = probe.read(features, [LAST])[LAST]
+        tokens_ntd = probe.read(features, [readout.site])[readout.site]
         mask_nt = features["attention_mask"].bool()
         pooled_nt = pooling_weights(mask_nt, readout.pooling) > 0
         roles_nt = roles_of(features)
@@ -191,14 +191,14 @@ def collect_features(
     With `by_role` also each concept's energy on the tokens of each role, for which every token is
     encoded, not only those that the pooling reads.
     """
-    set_readout(transformer, readout)
+    set_readout(transformer, Readout(readout.prompt))
     probe = Probe(transformer)
     roles_of = TokenRoles(transformer) if by_role else None
     role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = torch.empty(len(items), sae.d_in), torch.empty(len(items), sae.d_in)
     batches: list[tuple[list[int], Codes]] = []
     for numbers, features in item_batches(transformer, items, batch_size, progress):
-        tokens_ntd = probe.read(features, [LAST])[LAST].float()
+        tokens_ntd = probe.read(features, [readout.site])[readout.site].float()
         mask_nt = features["attention_mask"]
         weights_nt = pooling_weights(mask_nt, readout.pooling)
         pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
