@@ -242,3 +242,33 @@ def test_a_readout_before_the_final_norm_needs_no_code(pooling, model_folder, tm
     after = with_readout(load_backbone(model_folder), Readout(PAPER))
     before = with_readout(load_backbone(model_folder), Readout(PAPER, LAST_LAYER))
     assert largest_difference(embedded(after, QUERY), embedded(before, QUERY)) > 1e-3
+
+
+def on_disk(transformer):
+    """All on the CPU but the decoder layers, which are read from the disk as they are run."""
+    found = {name: "cpu" for name, _ in transformer.model.named_children()}
+    del found["language_model"]
+    inside = transformer.model.language_model.named_children()
+    found |= {f"language_model.{name}": "cpu" for name, _ in inside}
+    return {**found, "language_model.layers": "disk"}
+
+
+def test_a_model_that_is_placed_by_a_device_map(made, model_folder):
+    readout, patch = made
+    plain = with_readout(load_backbone(model_folder), readout)
+    expected_ne = embedded(PatchedRetriever(plain, patch), QUERY)
+    device_map = on_disk(plain[0])
+    placed = with_readout(load_backbone(model_folder, device_map=device_map), readout)
+    modules = patched_modules(placed[0], patch, readout.pooling)
+    for model in (PatchedRetriever(placed, patch), SentenceTransformer(modules=modules)):
+        assert largest_difference(embedded(model, QUERY), expected_ne) <= 1e-5
+
+
+def test_a_patch_goes_where_the_activations_are():
+    subtract = subtract_at(0.05, 0)
+    assert subtract.to(torch.device("cpu")) is subtract
+    moved = subtract.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    h_ntd = torch.empty(2, 3, 32, device="meta", dtype=torch.bfloat16)
+    patched = subtract.on_stream(h_ntd)
+    assert (patched.device.type, patched.dtype, patched.shape) == ("meta", h_ntd.dtype, h_ntd.shape)

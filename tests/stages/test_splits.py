@@ -20,6 +20,7 @@ from patch_retriever.items import Item
 from patch_retriever.progress import no_progress
 from patch_retriever.runs import DONE
 from patch_retriever.stages.evaluation import evaluate_on_test
+from patch_retriever.stages.patched import SavedFeatures
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.scoring import score
 from patch_retriever.stages.selection import load_calibration, select
@@ -48,8 +49,9 @@ def scored_and_selected(run, model, features, data, out):
     readout = load_readout(run / "readout")
     transformer = load_backbone(str(model))
     score(transformer, data, readout, features, run / "sae", "tokens", out / "score")
-    calibration = load_calibration(readout, data, features, run / "sae", out / "score", 0)
-    select(calibration, data, features, readout, out / "select", no_progress)
+    saved = SavedFeatures(features)
+    calibration = load_calibration(readout, data, saved, run / "sae", out / "score", 0)
+    select(calibration, data, saved, readout, out / "select", no_progress)
     return calibration
 
 
@@ -116,11 +118,12 @@ def test_a_method_that_selects_no_concept_is_named_as_left_out(
     run, features, random_model, tmp_path
 ):
     readout = load_readout(run / "readout")
-    calibration = load_calibration(readout, DATA, features, run / "sae", run / "score", 0)
+    saved = SavedFeatures(features)
+    calibration = load_calibration(readout, DATA, saved, run / "sae", run / "score", 0)
     concepts = ConceptTable.load(run / "score/concepts.parquet")
     flat = replace(concepts, modality=torch.full_like(concepts.modality, 0.5))
     calibration = replace(calibration, concepts=flat)
-    select(calibration, DATA, features, readout, tmp_path / "select", no_progress)
+    select(calibration, DATA, saved, readout, tmp_path / "select", no_progress)
     selection = json.loads((tmp_path / "select/selection.json").read_text())
     left_out = selection["left_out"]
     assert len(left_out) == 8
@@ -132,7 +135,7 @@ def test_a_method_that_selects_no_concept_is_named_as_left_out(
         calibration,
         load_backbone(str(random_model)),
         DATA,
-        features,
+        saved,
         tmp_path / "select",
         config,
         tmp_path / "evaluate",

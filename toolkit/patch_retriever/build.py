@@ -9,15 +9,17 @@ stopped build goes on where it stood and ends with the same bytes as an unbroken
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patch_retriever.activations.collect import collect_tokens
+from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import (
     SCENES,
+    SPLITS,
     Data,
     pairs_data,
     pairs_reading,
@@ -26,6 +28,7 @@ from patch_retriever.data import (
 )
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.patch.artefact import layer_number
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
 from patch_retriever.report.page import write_report
@@ -34,10 +37,14 @@ from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages.evaluation import evaluate_on_test
 from patch_retriever.stages.features import collect_splits
+from patch_retriever.stages.patched import PatchedFeatures, collect_unpatched
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.sae import check_width, learn_concepts
 from patch_retriever.stages.scoring import score
 from patch_retriever.stages.selection import load_calibration, select
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ def build_retriever(
         device_map=config.device_map,
         **asked,
     )
+    if config.patch_at is not None:
+        check_layer(transformer, config.patch_at)
     if given is not None:
         check_width(given, transformer.get_embedding_dimension(), str(config.sae_from))
     with Run(out / "run", say) as run:
@@ -100,15 +109,18 @@ def build_retriever(
             dtype=str(transformer.model.dtype).removeprefix("torch."),
             preset=config.preset,
             **{option: value for option, value in asked.items() if value is not None},
+            **({} if config.patch_at is None else {"patch_at": config.patch_at}),
         )
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")
+        # where the SAE is trained and concepts are subtracted
+        at = replace(readout, site=config.patch_at or readout.site)
         store = run.stage(
             "collect",
             lambda folder: collect_tokens(
                 transformer,
                 data.splits["calibration"].items,
-                readout,
+                at,
                 folder,
                 config.batch_size,
                 progress,
@@ -118,29 +130,42 @@ def build_retriever(
         )
         sae = run.stage(
             "sae",
-            lambda folder: learn_concepts(store, readout, config, folder, progress),
+            lambda folder: learn_concepts(store, at, config, folder, progress),
             after=("collect",),
             settings=asdict(config.sae),
             given=config.sae_from and sae_fingerprint(config.sae_from),
         )
+        splits = SPLITS if config.patch_at is None else SPLITS[:1]  # else for scores alone
         features = run.stage(
             "features",
             lambda folder: collect_splits(
-                transformer, data, readout, sae, folder, config.batch_size, progress
+                transformer, data, at, sae, folder, config.batch_size, progress, splits
             ),
             after=("sae",),
         )
+        unpatched = features
+        if config.patch_at is not None:
+            unpatched = run.stage(
+                "unpatched",
+                lambda folder: collect_unpatched(
+                    transformer, data, readout, config.batch_size, folder
+                ),
+                after=("readout",),
+            )
+        patched = PatchedFeatures(unpatched, transformer, data, readout, config.batch_size)
         concepts = run.stage(
             "score",
-            lambda folder: score(transformer, data, readout, features, sae, config.codes, folder),
+            lambda folder: score(transformer, data, at, features, sae, config.codes, folder),
             after=("features",),
             codes=config.codes,
         )
-        calibration = load_calibration(readout, data, features, sae, concepts, config.seed)
+        calibration = load_calibration(
+            readout, data, patched, sae, concepts, config.seed, config.patch_at
+        )
         selected = run.stage(
             "select",
-            lambda folder: select(calibration, data, features, readout, folder, progress),
-            after=("score",),
+            lambda folder: select(calibration, data, patched, readout, folder, progress),
+            after=("score",) if config.patch_at is None else ("score", "unpatched"),
         )
         exported = run.stage(
             "export",
@@ -150,7 +175,7 @@ def build_retriever(
         evaluated = run.stage(
             "evaluate",
             lambda folder: evaluate_on_test(
-                calibration, transformer, data, features, selected, config, folder, progress
+                calibration, transformer, data, patched, selected, config, folder, progress
             ),
             after=("export",),
         )
@@ -163,6 +188,17 @@ def build_retriever(
         publish(out, exported, selected, evaluated, concepts, readouts, reported, data, config)
     report = json.loads((evaluated / "table.json").read_text())
     return BuildResult(out, (evaluated / "table.txt").read_text().rstrip(), report)
+
+
+def check_layer(transformer: Transformer, site: str) -> None:
+    """Refuse a layer that the model does not have.
+
+    Raises:
+        UserError: it has none of that number.
+    """
+    n = n_layers(transformer.model)
+    if layer_number(site) >= n:
+        raise UserError(f"patch_at {site}: the model's layers are layers.0 to layers.{n - 1}")
 
 
 def _data(run: Run, config: BuildConfig, progress: Progress) -> Data:

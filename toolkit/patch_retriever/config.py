@@ -58,6 +58,8 @@ class BuildConfig(BaseModel):
     sae: SAESettings = SAESettings()
     sae_from: str | None = None
     """An SAE to use instead of training one: a folder or a hub id, in a format that is read."""
+    patch_at: str | None = Field(default=None, pattern=r"^layers\.\d+$")
+    """The decoder layer after which concepts are subtracted; None for at the readout."""
     codes: Literal["tokens", "pooled"] = "tokens"
     """What concepts are scored on: codes of tokens, pooled like the embedding (an SAE is trained on
     tokens), or codes of pooled vectors (what the paper scores)."""

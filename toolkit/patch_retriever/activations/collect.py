@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,12 @@ from patch_retriever.activations.stream import Block, in_blocks, is_held_out, so
 from patch_retriever.backbones.inputs import item_batches
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.pooling import pool, pooling_weights
-from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.backbones.readout import Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.items import Item
+from patch_retriever.patch.operators import Subtract
 from patch_retriever.probe import Probe
 from patch_retriever.progress import Progress, no_progress
 from patch_retriever.sae.codes import Codes
@@ -56,6 +57,28 @@ def collect_pooled(
     return found
 
 
+def collect_patched(
+    transformer: Transformer,
+    items: Sequence[Item],
+    readout: Readout,
+    layers: Mapping[str, Subtract],
+    kinds_n: Tensor,
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+) -> Features:
+    """Pooled vectors of `items` by the model that is patched at `layers`, without codes."""
+    set_readout(transformer, Readout(readout.prompt))
+    probe, edits = Probe(transformer), {site: s.on_stream for site, s in layers.items()}
+    width = transformer.get_embedding_dimension()
+    pooled_nd, mean_nd = torch.empty(2, len(items), width).unbind()
+    for numbers, features in item_batches(transformer, items, batch_size, progress):
+        tokens_ntd = probe.read(features, [readout.site], edits)[readout.site]
+        mask_nt = features["attention_mask"]
+        pooled_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, readout.pooling)).cpu()
+        mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
+    return Features(pooled_nd, mean_nd, Codes.from_dense(torch.zeros(len(items), 0)), kinds_n)
+
+
 def collect_tokens(
     transformer: Transformer,
     items: Sequence[Item],
@@ -83,10 +106,10 @@ def _token_batches(
     progress: Progress = no_progress,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Activations (t, d), roles, whether pooled, and item numbers of all tokens, by batches."""
-    set_readout(transformer, readout)
+    set_readout(transformer, Readout(readout.prompt))
     probe, roles_of = Probe(transformer), TokenRoles(transformer)
     for numbers, features in item_batches(transformer, items, batch_size, progress):
-        tokens_ntd = probe.read(features, [LAST])[LAST]
+        tokens_ntd = probe.read(features, [readout.site])[readout.site]
         mask_nt = features["attention_mask"].bool()
         pooled_nt = pooling_weights(mask_nt, readout.pooling) > 0
         roles_nt = roles_of(features)
@@ -168,14 +191,14 @@ def collect_features(
     With `by_role` also each concept's energy on the tokens of each role, for which every token is
     encoded, not only those that the pooling reads.
     """
-    set_readout(transformer, readout)
+    set_readout(transformer, Readout(readout.prompt))
     probe = Probe(transformer)
     roles_of = TokenRoles(transformer) if by_role else None
     role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = torch.empty(len(items), sae.d_in), torch.empty(len(items), sae.d_in)
     batches: list[tuple[list[int], Codes]] = []
     for numbers, features in item_batches(transformer, items, batch_size, progress):
-        tokens_ntd = probe.read(features, [LAST])[LAST].float()
+        tokens_ntd = probe.read(features, [readout.site])[readout.site].float()
         mask_nt = features["attention_mask"]
         weights_nt = pooling_weights(mask_nt, readout.pooling)
         pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()

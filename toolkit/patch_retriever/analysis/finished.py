@@ -28,6 +28,7 @@ from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.runs import DONE, MARKER, Done, Run, check_finished, damaged, read_done
 from patch_retriever.stages.features import collect_splits
+from patch_retriever.stages.patched import SavedFeatures
 from patch_retriever.stages.readout import load_readout
 from patch_retriever.stages.sae import learn_concepts
 from patch_retriever.stages.scoring import score
@@ -65,7 +66,12 @@ class Finished:
             UserError: no concept of the SAE fires, so that there is nothing to select from.
         """
         loaded = load_calibration(
-            self.readout, self.data, self.features, self.sae, self.concepts, self.config.seed
+            self.readout,
+            self.data,
+            SavedFeatures(self.features),
+            self.sae,
+            self.concepts,
+            self.config.seed,
         )
         found = replace(loaded, gate=_KNOWN, features=_telling_kinds(loaded.features))
         if not bool((found.concepts.energy > 0).any()):
@@ -126,6 +132,11 @@ def open_build(folder: Path) -> Finished:
         config = BuildConfig.model_validate(json.loads((folder / MARKER).read_text()))
     except (OSError, ValueError, ValidationError):
         raise UserError(f"{folder / MARKER}: damaged; run the same build again") from None
+    if config.patch_at is not None:
+        raise UserError(
+            f"{folder}: patched at {config.patch_at}, whose effect goes through later layers; "
+            "only builds that are patched at the readout are taken apart so far"
+        )
     run = folder / "run"
     keys = [_check_stage(run / stage) for stage in _STAGES]
     if config.pairs == SCENES:

@@ -112,8 +112,8 @@ FAMILIES = (
         layout="{{ @start@ }}" + _PICTURES + _TEXTS + "{{ sep_token }}",
         kept=("vqmodel.quantize",),  # reads its weights without running what holds them
         pictures_to="vqmodel.encoder",
-        quirks="Its layers are on the model itself. Its book of codes cannot be offloaded. In half "
-        "precision an export needs `trust_remote_code=True`, since pictures have to be cast.",
+        quirks="Its layers are on the model itself, and its book of codes cannot be offloaded. In "
+        "half precision an export needs `trust_remote_code=True`, since pictures have to be cast.",
     ),
     Family("LLaVA", ("llava",)),
     Family("LLaVA-NeXT", ("llava_next",), pixels="grids"),

@@ -124,13 +124,16 @@ PAPER_READOUT = Readout(PAPER)
 """The paper's: its prompts, mean over all tokens of the last layer."""
 
 
-def readout_grid(n_layers: int) -> Iterator[Readout]:
-    """The readouts that `build` tries on validation.
+def readout_grid(n_layers: int, after: str | None = None) -> Iterator[Readout]:
+    """The readouts that `build` tries on validation: those after a site (`layers.N`), if one is
+    patched.
 
     Every prompt with the mean and the last token, at the last layer, the one before and the
     middle one. One forward pass per prompt serves them all.
     """
-    sites = [LAST, *(f"layers.{i}" for i in sorted({n_layers - 2, n_layers // 2 - 1}) if i >= 0)]
+    patched = -1 if after is None else int(after.removeprefix("layers."))
+    numbers = sorted({n_layers - 2, n_layers // 2 - 1})
+    sites = [LAST, *(f"layers.{i}" for i in numbers if i > patched)]
     for prompt in PROMPTS.values():
         for site in sites:
             for pooling in ("mean", "lasttoken"):

@@ -47,6 +47,12 @@ if TYPE_CHECKING:
     type=click.Choice(["tokens", "pooled"]),
     help="Score concepts on codes of tokens or of pooled vectors. [default: tokens]",
 )
+@click.option(
+    "--patch-at",
+    metavar="layers.N",
+    help="Subtract concepts after decoder layer N instead of at the readout; the export then needs "
+    "trust_remote_code=True.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random. [default: 0]")
 @click.option("--device", help="torch device. [default: cpu]")
 @click.option(
@@ -91,6 +97,7 @@ def build(
     preset: str | None,
     sae: str | None,
     codes: str | None,
+    patch_at: str | None,
     seed: int | None,
     device: str | None,
     dtype: str | None,
@@ -133,6 +140,7 @@ def build(
         preset=preset,
         sae_from=sae,
         codes=codes,
+        patch_at=patch_at,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -148,6 +156,7 @@ def build(
         return
     from patch_retriever.build import build_retriever
     from patch_retriever.cli.progress import Narrator, quiet_libraries
+    from patch_retriever.patch.deep import CODE
 
     quiet_libraries()
     narrator = Narrator(silent=as_json)
@@ -158,7 +167,9 @@ def build(
     narrator.say("done")
     click.echo(result.table)
     card, report = result.folder / "README.md", result.folder / "report" / "report.html"
-    loads = f'SentenceTransformer("{result.folder}") loads it'
+    with_code = (result.folder / CODE.name).is_file()
+    flag = ", trust_remote_code=True" if with_code else ""
+    loads = f'SentenceTransformer("{result.folder}"{flag}) loads it'
     click.echo(f"\n{loads}; the card is {card}, the report {report}")
 
 

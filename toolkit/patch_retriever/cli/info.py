@@ -60,7 +60,7 @@ def lines(settings: dict[str, Any], patch: dict[str, Any], concepts: int) -> lis
         detail = (
             f"{operator['name']}, by {operator['by']}"
             if "name" in operator
-            else f"{len(about['concepts'])} concepts"
+            else f"{len(about['concepts'])} concepts at {operator.get('site', readout['site'])}"
         )
         found.append(f"           {operator['kind']}: {detail}")
     strongest = sorted(about["concepts"], key=lambda c: -c["strength"] * c["energy"])[:concepts]

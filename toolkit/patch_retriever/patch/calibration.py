@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,14 +12,28 @@ from torch import Tensor
 
 from patch_retriever.concepts.scores import ConceptTable
 from patch_retriever.features import Features
+from patch_retriever.patch.fit import fit_gate
 from patch_retriever.patch.operators import Affine, By, Gate, Subtract
 from patch_retriever.sae.model import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The decoder layer (`layers.N`) after which concepts are subtracted, if not at the readout.
+
+    `patched` gives the calibration items' features at the readout, by the model without what it is
+    told to subtract there; every new one costs a pass through the model.
+    """
+
+    site: str
+    patched: Callable[[Mapping[str, Subtract]], Features]
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Everything that methods may learn from: the calibration split and nothing else.
 
+    `sae` and `concepts` are of activations at the readout or, where there is one, at the `layer`.
     `query_items` and `document_items` are item numbers by role, `pairs` are (query, relevant
     document) items by direction, each (n, 2).
     """
@@ -33,6 +47,14 @@ class Calibration:
     document_items: Tensor
     pairs: Mapping[str, Tensor]
     seed: int
+    layer: Layer | None = None
+
+    def without(self, subtract: Subtract) -> Calibration:
+        """The same items by the model without what is subtracted at the layer."""
+        assert self.layer is not None
+        features = self.layer.patched({self.layer.site: subtract})
+        gate = None if self.gate is None else fit_gate(features.mean_nd, features.kinds_n)
+        return replace(self, features=features, gate=gate)
 
     @cached_property
     def cache(self) -> dict[Any, Any]:

@@ -75,6 +75,11 @@ class Subtract:
         u = h_nd @ self.W_enc_dm + self.b_enc_m
         return h_nd - (u * (u > self.threshold_m) * self.strength_m) @ self.W_dec_md
 
+    def on_stream(self, h_ntd: Tensor) -> Tensor:
+        """The patched residual stream, as the next layer wants it: computed in float32 where the
+        activations are, in their own dtype again."""
+        return self.to(h_ntd.device)(h_ntd.float()).to(h_ntd.dtype)
+
     def on_pooled(self, pooled_nd: Tensor, codes: Codes) -> Tensor:
         """What pooling the patched tokens would give, from pooled vectors and pooled codes.
 

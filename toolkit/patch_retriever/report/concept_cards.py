@@ -191,10 +191,10 @@ def _rankings(
 def why(strength: float, patch: Patch) -> str:
     """Why the patch subtracts a concept with a strength, or keeps it (strength 0)."""
     method = patch.about["method"]
-    if patch.subtract is None:
+    if not patch.subtractions:
         return f"the exported patch ({method}) subtracts no concept"
     if strength == 0:
-        n = len(patch.subtract.concepts_m)
+        n = len(patch.strengths)
         return f"not among the {n} concepts that the exported patch ({method}) subtracts"
     reason = patch.about.get("reason") or method
     return f"strength {strength:.2f}: {reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from patch_retriever.backbones.placement import device_of
 from patch_retriever.concepts.query import TABLE
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
-from patch_retriever.features import Features
 from patch_retriever.files import write_text
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.report.card import operators, verdict
@@ -23,6 +23,7 @@ from patch_retriever.report.gallery import gallery
 from patch_retriever.report.rendering import render
 from patch_retriever.report.table import EXPLANATION, NEEDS
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.stages.patched import PatchedFeatures
 from patch_retriever.stages.readout import load_readout
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ def write_report(
         patch,
         data.splits["calibration"],
         transformer,
-        readout,
+        replace(readout, site=config.patch_at or readout.site),
         sae,
         config.batch_size,
     )
-    test = Features.load(run / "features" / "test.safetensors")
+    unpatched = run / ("features" if config.patch_at is None else "unpatched")
+    features = PatchedFeatures(unpatched, transformer, data, readout, config.batch_size).of("test")
+    base = Patch(patch.site)
     groups = {needs: [row for row in table["rows"] if row["needs"] == needs] for needs in NEEDS}
     page = render(
         "report.html.jinja",
@@ -82,8 +85,10 @@ def write_report(
         cards=cards,
         gallery=gallery(
             data.splits["test"],
-            [Patch(patch.site).embed(test, role).numpy() for role in (QUERY, DOCUMENT)],
-            [patch.embed(test, role).numpy() for role in (QUERY, DOCUMENT)],
+            *(
+                [one.embed(features(one), role).numpy() for role in (QUERY, DOCUMENT)]
+                for one in (base, patch)
+            ),
         ),
     )
     write_text(folder / REPORT, page)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,21 @@ class Outcome:
         return float(r1), float(r5), float(r10)
 
 
-def evaluate(patches: Sequence[Patch], features: Features, collection: Collection) -> Outcome:
-    """Mean outcome of `patches` (several only for random controls) on a collection's tasks."""
+def evaluate(
+    patches: Sequence[Patch],
+    features: Features | Callable[[Patch], Features],
+    collection: Collection,
+) -> Outcome:
+    """Mean outcome of `patches` (several only for random controls) on a collection's tasks.
+
+    `features` are those of its items, or give them for a patch: a patch of layers has its own.
+    """
     total: dict[str, NDArray[np.float64]] = {}
     for patch in patches:
-        sides = [patch.embed(features, role).numpy() for role in (QUERY, DOCUMENT)]
-        for name, found in evaluate_embeddings(sides[0], sides[1], collection).hits_by_task.items():
-            total[name] = total.get(name, 0) + found / len(patches)
+        found = features(patch) if callable(features) else features
+        sides = [patch.embed(found, role).numpy() for role in (QUERY, DOCUMENT)]
+        for name, hit in evaluate_embeddings(sides[0], sides[1], collection).hits_by_task.items():
+            total[name] = total.get(name, 0) + hit / len(patches)
     return Outcome(total)
 
 

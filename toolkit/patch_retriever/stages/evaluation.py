@@ -10,13 +10,13 @@ from patch_retriever.activations.collect import collect_pooled
 from patch_retriever.backbones.readout import PAPER_READOUT
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
-from patch_retriever.features import Features
 from patch_retriever.files import write_json, write_text
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.methods import methods
 from patch_retriever.progress import Progress
 from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_pooled
+from patch_retriever.stages.patched import SavedFeatures
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -26,7 +26,7 @@ def evaluate_on_test(
     calibration: Calibration,
     transformer: Transformer,
     data: Data,
-    features: Path,
+    features: SavedFeatures,
     selected: Path,
     config: BuildConfig,
     folder: Path,
@@ -42,7 +42,7 @@ def evaluate_on_test(
     )
     outcome = evaluate_pooled(pooled[PAPER_READOUT], collection)
     rows = [Row("base, the paper's readout", "nothing", {}, None, False, outcome)]
-    test = Features.load(features / "test.safetensors")
+    test = features.of("test")
     found = [method for method in methods(calibration) if method.name in chosen]
     for method in progress(found, len(found)):
         choice = chosen[method.name]
@@ -57,8 +57,10 @@ def evaluate_on_test(
                 outcome,
             )
         )
-    outcome = evaluate_pooled(test.reconstructed(calibration.sae), collection)
-    rows.append(Row("rebuilt from all concepts", "unpaired items", {}, None, True, outcome))
+    if calibration.layer is None:
+        rebuilt_nd = features("test", {}).reconstructed(calibration.sae)
+        outcome = evaluate_pooled(rebuilt_nd, collection)
+        rows.append(Row("rebuilt from all concepts", "unpaired items", {}, None, True, outcome))
     sizes = {task.name: len(task.queries) for task in collection.tasks}
     bootstrap = PairedBootstrap(sizes, config.seed)
     table = Table(tuple(rows), selection["exported"], bootstrap, tuple(selection["left_out"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,11 @@ def collect_splits(
     folder: Path,
     batch_size: int,
     progress: Progress,
+    splits: Sequence[str] = SPLITS,
 ) -> None:
-    """Pooled vectors and pooled codes of every split, one file each."""
+    """Pooled vectors and pooled codes of every split (or of some), one file each."""
     sae = load_sae(sae_folder).to(device_of(transformer))
-    for split in SPLITS:
+    for split in splits:
         collection = data.splits[split]
         kinds_n = torch.from_numpy(collection.kinds())
         by_role = split == "calibration"  # what concepts are scored on

@@ -31,7 +31,7 @@ def choose_readout(
         write_json(folder / "readout.json", {"chosen": PAPER_READOUT.to_json(), "scores": {}})
         return
     validation = data.splits["validation"]
-    grid = list(readout_grid(n_layers(transformer.model)))
+    grid = list(readout_grid(n_layers(transformer.model), after=config.patch_at))
     pooled = collect_pooled(transformer, validation.items, grid, config.batch_size, progress)
     scores = {}
     for readout, pooled_nd in pooled.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,29 @@ from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import TABLE
 from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.data import Data
-from patch_retriever.features import Features
 from patch_retriever.files import write_json
 from patch_retriever.patch.artefact import Patch
-from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.calibration import Calibration, Layer
 from patch_retriever.patch.fit import fit_gate
 from patch_retriever.patch.methods import methods
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import evaluate
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.stages.patched import SavedFeatures
 
 
 def load_calibration(
-    readout: Readout, data: Data, features: Path, sae_folder: Path, concepts: Path, seed: int
+    readout: Readout,
+    data: Data,
+    features: SavedFeatures,
+    sae_folder: Path,
+    concepts: Path,
+    seed: int,
+    layer: str | None = None,
 ) -> Calibration:
-    """What the methods learn from, and a gate where it holds on validation too."""
-    found = Features.load(features / "calibration.safetensors")
-    held_out = Features.load(features / "validation.safetensors")
+    """What the methods learn from, and a gate where it holds on validation too; `layer` is where
+    the SAE's activations are from, if not from the readout."""
+    found, held_out = (features(split, {}) for split in ("calibration", "validation"))
     gate = fit_gate(found.mean_nd, found.kinds_n)
     if gate is not None and not bool((gate.kinds(held_out.mean_nd) == held_out.kinds_n).all()):
         gate = None
@@ -47,13 +54,14 @@ def load_calibration(
         torch.tensor(documents),
         {direction: torch.from_numpy(collection.pairs((direction,))) for direction in directions},
         seed,
+        None if layer is None else Layer(layer, partial(features, "calibration")),
     )
 
 
 def select(
     calibration: Calibration,
     data: Data,
-    features: Path,
+    features: SavedFeatures,
     readout: Readout,
     folder: Path,
     progress: Progress,
@@ -63,10 +71,7 @@ def select(
     Writes `selection.json` and the best method's patch, with its reasons, under `patch/`. A setting
     that selects no concept is not tried; a method without any other is named under `left_out`.
     """
-    held_out, collection = (
-        Features.load(features / "validation.safetensors"),
-        data.splits["validation"],
-    )
+    held_out, collection = features.of("validation"), data.splits["validation"]
     choices: list[dict[str, Any]] = []
     left_out: list[str] = []
     best_patch, best_score = None, -1.0
@@ -109,15 +114,10 @@ def _provenance(
 ) -> dict[str, Any]:
     """How a patch was made: readout, method, and every concept with strength, reason and scores."""
     concepts = []
-    if patch.subtract is not None:
-        scores = vars(calibration.concepts)
-        for number, strength in zip(
-            patch.subtract.concepts_m.tolist(), patch.subtract.strength_m.tolist(), strict=True
-        ):
-            entry = {
-                name: float(f"{float(score_c[number]):.6g}") for name, score_c in scores.items()
-            }
-            concepts.append({"concept": number, "strength": float(f"{strength:.6g}"), **entry})
+    scores = vars(calibration.concepts)
+    for number, strength in patch.strengths.items():
+        entry = {name: float(f"{float(score_c[number]):.6g}") for name, score_c in scores.items()}
+        concepts.append({"concept": number, "strength": float(f"{strength:.6g}"), **entry})
     return {
         "made_by": f"patch-retriever {patch_retriever.__version__}",
         "readout": readout.to_json(),

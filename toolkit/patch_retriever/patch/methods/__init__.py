@@ -14,6 +14,7 @@ from patch_retriever.patch.methods import (
     combinations,
     gains,
     geometry,
+    layers,
     removal,
     subspace,
 )
@@ -26,10 +27,14 @@ def methods(c: Calibration) -> Iterator[Method]:
     """All rows, in the order of the table.
 
     Without a gate (kinds that no hyperplane tells apart) statistics per modality cannot be
-    exported, and their rows are left out.
+    exported, and their rows are left out. Where concepts are subtracted after a layer, only what
+    does without their codes at the readout is tried.
     """
     yield Method("base, chosen readout", "nothing", lambda: one_patch(c))
     yield from geometry.rows(c)
+    if c.layer is not None:
+        yield from layers.rows(c, c.layer.site)
+        return
     yield from removal.rows_from_unpaired_items(c)
     yield from subspace.rows(c)
     yield from removal.rows_from_pairs(c)

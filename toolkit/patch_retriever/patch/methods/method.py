@@ -35,5 +35,9 @@ class Method:
 def one_patch(
     c: Calibration, *maps: Affine, subtract: Subtract | None = None, reason: str = ""
 ) -> list[Patch]:
-    """`subtract`, then `maps` in order, as the only patch of a setting."""
-    return [Patch(c.site, subtract, maps, c.gate, {"reason": reason})]
+    """`subtract` (at the layer, if there is one), then `maps` in order, as the only patch of a
+    setting."""
+    about = {"reason": reason}
+    if c.layer is not None and subtract is not None:
+        return [Patch(c.site, None, maps, c.gate, about, {c.layer.site: subtract})]
+    return [Patch(c.site, subtract, maps, c.gate, about)]

@@ -22,7 +22,7 @@ _TEXT_DOMINANT = (0.6, TEXT_DOMINANT, 0.95)
 _STRENGTHS = (0.5, 1.0)
 _UNIMODAL = (0.01, 0.05, 0.1, 0.2)
 
-_THEN: tuple[Setting, ...] = ({"then": "nothing"}, {"then": "centre"})
+THEN: tuple[Setting, ...] = ({"then": "nothing"}, {"then": "centre"})
 _THEN_REALIGN: tuple[Setting, ...] = (
     {"then": "ReAlign", "beta": 0.3},
     {"then": "ReAlign", "beta": 0.8},
@@ -30,7 +30,7 @@ _THEN_REALIGN: tuple[Setting, ...] = (
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
     """How concepts are selected: `strengths` gives the strength of every concept (c,) for each of
     `settings`, 0 for those that stay. `name` and `alike` are what the row and its control say."""
 
@@ -50,14 +50,14 @@ def rows_from_unpaired_items(c: Calibration) -> Iterator[Method]:
     """
     modality_c = c.concepts.modality  # 0.5 where a concept never fires
     selections = (
-        _Selection(
+        Selection(
             "text-dominant concepts removed",
             "text-dominant ones",
             "unpaired items",
             lambda threshold, strength: strength * (modality_c > threshold).float(),
             [{"threshold": t, "strength": s} for t in _TEXT_DOMINANT for s in _STRENGTHS],
         ),
-        _Selection(
+        Selection(
             "unimodal concepts removed",
             "unimodal ones",
             "unpaired items",
@@ -66,9 +66,9 @@ def rows_from_unpaired_items(c: Calibration) -> Iterator[Method]:
         ),
     )
     for selection in selections:
-        yield from _removal(c, selection, _THEN)
+        yield from removals(c, selection, THEN)
     for selection in selections:
-        yield from _removal(c, selection, _THEN_REALIGN, ", then ReAlign")
+        yield from removals(c, selection, _THEN_REALIGN, ", then ReAlign")
 
 
 def rows_from_pairs(c: Calibration) -> Iterator[Method]:
@@ -81,8 +81,8 @@ def rows_from_pairs(c: Calibration) -> Iterator[Method]:
     settings = [{"n": n} for n in _N_CONCEPTS if n < c.sae.n_concepts]
     for name, ranking_c in rankings.items():
         strengths = partial(top_concepts, c, ranking_c)
-        selection = _Selection(f"removed {name}", name, "pairs", strengths, settings)
-        yield from _removal(c, selection, _THEN)
+        selection = Selection(f"removed {name}", name, "pairs", strengths, settings)
+        yield from removals(c, selection, THEN)
 
 
 def top_concepts(c: Calibration, ranking_c: Tensor, n: int) -> Tensor:
@@ -102,9 +102,11 @@ def subtracting(
     if not bool(strength_c.any()):
         return []
     subtract = Subtract.from_sae(c.sae, strength_c)
+    if c.layer is not None:
+        c = c.without(subtract)
     if then == "nothing":
         return one_patch(c, subtract=subtract, reason=reason)
-    x_nd, by = c.vectors_after((), subtract), c.sides[-1]
+    x_nd, by = c.vectors_after((), subtract if c.layer is None else None), c.sides[-1]
     if then == "centre":
         step = fit.centre(x_nd, c.groups(by), by)
     else:
@@ -112,8 +114,12 @@ def subtracting(
     return one_patch(c, step, subtract=subtract, reason=reason)
 
 
-def _removal(
-    c: Calibration, selection: _Selection, afterwards: Sequence[Setting], suffix: str = ""
+def removals(
+    c: Calibration,
+    selection: Selection,
+    afterwards: Sequence[Setting],
+    suffix: str = "",
+    draws: int = DRAWS,
 ) -> Iterator[Method]:
     """Removal of a selection, and what comes after; and its control, random concepts of matched
     energy and the same strengths."""
@@ -123,17 +129,17 @@ def _removal(
         return subtracting(c, selection.strengths(**setting), selection.name, then, beta)
 
     def random(then: str, beta: float = 0.0, **setting: Any) -> list[Patch]:
-        draws = _random_like(c, selection.strengths(**setting))
-        return [p for moved_c in draws for p in subtracting(c, moved_c, "random", then, beta)]
+        moved = _random_like(c, selection.strengths(**setting), draws)
+        return [p for moved_c in moved for p in subtracting(c, moved_c, "random", then, beta)]
 
     yield Method(selection.name + suffix, selection.needs, removed, grid)
     control = f"random concepts, energy as {selection.alike}{suffix}"
     yield Method(control, selection.needs, random, grid, control=True)
 
 
-def _random_like(c: Calibration, strength_c: Tensor) -> Iterator[Tensor]:
+def _random_like(c: Calibration, strength_c: Tensor, draws: int) -> Iterator[Tensor]:
     """Draws of the same strengths on random concepts of about the same energy."""
-    for draw in range(DRAWS):
+    for draw in range(draws):
         moved_c = torch.empty_like(strength_c)
         moved_c[like_in_energy(c.concepts.energy, c.seed * 1000 + draw)] = strength_c
         yield moved_c

@@ -92,7 +92,7 @@ class MadeBy:
             from patch_retriever.patch.artefact import Patch
 
             patch = value_hash({p.name: file_hash(p) for p in sorted(folder.iterdir())})
-            tokens = Patch.load(folder).subtract is not None
+            tokens = bool(Patch.load(folder).subtractions)
         return cls(
             name if path.exists() else encoder.name,
             encoder.fingerprint,
