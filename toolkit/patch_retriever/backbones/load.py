@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,10 +91,16 @@ def load_backbone(
             path, model_kwargs={**at, **kwargs}, processor_kwargs=at, config_kwargs=at
         )
     _check_takes_images(transformer, name_or_path)
+    if attention is not None:
+        _check_attention(transformer, attention, name_or_path)
     if device_map is not None:
         _check_placed(transformer, device_map, name_or_path)
     take_chats(transformer)
-    if (said := assumed(transformer.model)) is not None:
+    try:
+        said = assumed(transformer.model)
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from None
+    if said is not None:
         warnings.warn(f"{name_or_path}: {said}", stacklevel=2)
     if max_pixels is not None:
         limit_pixels(transformer, max_pixels, name_or_path)
@@ -108,13 +115,24 @@ def _check_takes_images(transformer: Transformer, name: str) -> None:
         # some families say it in the processor alone
         if (found := getattr(processor, "image_token_id", None)) is None:
             modalities = ", ".join(map(str, transformer.modalities))
+            what = "no image token in its text" if "image" in modalities else "a text-only model"
             raise UserError(
-                f"{name}: a text-only model (it takes {modalities}); "
+                f"{name}: {what} (it takes {modalities}); "
                 "patch-retriever needs a multimodal LLM that takes images"
             )
         transformer.config.image_token_id = found
     if getattr(processor, "image_processor", None) is None:
         raise no_image_part(name)
+
+
+def _check_attention(transformer: Transformer, attention: str, name: str) -> None:
+    """Refuse flash attention where it drops a part of the family's mask without a word."""
+    family = family_of(transformer.config)
+    if family and family.two_way and "flash" in attention:
+        raise UserError(
+            f"{name}: {family.name} has tokens that see later ones, which {attention} would hide; "
+            "use sdpa"
+        )
 
 
 def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) -> None:
@@ -132,12 +150,16 @@ def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) ->
     placed = getattr(model, "hf_device_map", {})
     offloaded = {"disk"} if set(placed.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     family = family_of(transformer.config)
-    for part, place in placed.items():
-        if place in offloaded and family and part.split(".")[0] in family.kept:
+    for kept, (part, place) in product(family.kept if family else (), placed.items()):
+        if place in offloaded and (_within(kept, part) or _within(part, kept)):
             raise UserError(
-                f"{name}: {family.name}'s {part} cannot be offloaded; name a device for it in a "
-                "device map of your own"
+                f"{name}: its {kept} cannot be offloaded; name a device for it in a device map of "
+                "your own"
             )
+
+
+def _within(path: str, part: str) -> bool:
+    return part == "" or f"{path}.".startswith(f"{part}.")
 
 
 def pinned(name_or_path: str, revision: str | None = None) -> str | None:
