@@ -38,6 +38,7 @@ BUDGETS = {
     "smolvlm": (28 * 28, (5, 3), (1, 1)),
     "internvl": (56 * 56, (4, 16), (4, 4)),
     "llava-onevision": (28 * 28, (24, 16), (10, 6)),
+    "llava-next": (28 * 28, (24, 16), (10, 6)),
 }
 FIXED = ("llava", "gemma3", "paligemma2", "chameleon")
 

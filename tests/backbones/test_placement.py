@@ -22,7 +22,8 @@ from conftest import SMALL_SAE, SMALL_SCENES
 from families import missing
 from patch_retriever import build_retriever
 from patch_retriever.backbones.families import layers_path
-from patch_retriever.backbones.load import device_of, load_backbone, with_readout
+from patch_retriever.backbones.load import load_backbone, with_readout
+from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import PAPER_READOUT, PLAIN, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item

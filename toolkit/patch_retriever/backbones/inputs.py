@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from patch_retriever.backbones.load import device_of
+from patch_retriever.backbones.placement import device_of
 from patch_retriever.items import Item
 from patch_retriever.progress import Progress, no_progress
 

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +14,16 @@ from patch_retriever.backbones.chat import take_chats
 from patch_retriever.backbones.families import assumed, family_of, image_token_id
 from patch_retriever.backbones.image_backend import use_pillow
 from patch_retriever.backbones.pixels import limit_pixels
+from patch_retriever.backbones.placement import DeviceMap, check_placed, device_of
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.strict import no_image_part, strict_loading
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.hub import commit_of
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from torch import Tensor, nn
-
-DeviceMap = str | dict[str, str | int]
 
 BUILT_IN = "tiny-mllm"
 """Name of the model that ships with the project (checkpoints/tiny-mllm)."""
@@ -97,7 +94,7 @@ def load_backbone(
     if attention is not None:
         _check_attention(transformer, attention, name_or_path)
     if device_map is not None:
-        _check_placed(transformer, device_map, name_or_path)
+        check_placed(transformer, device_map, name_or_path)
     take_chats(transformer)
     _cast_pictures(transformer)
     try:
@@ -150,33 +147,6 @@ def _cast_pictures(transformer: Transformer) -> None:
 def _in_its_dtype(part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     dtype = next(part.parameters()).dtype
     return tuple(values.to(dtype) for values in inputs)
-
-
-def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) -> None:
-    """Refuse a device map with a part that the model does not have (transformers takes it), and one
-    that offloads a part which cannot be."""
-    model = transformer.model
-    if isinstance(device_map, dict):
-        known = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
-        if unknown := sorted(set(device_map) - known):
-            parts = ", ".join(part for part, _ in model.named_children())
-            raise UserError(
-                f"{name}: a device map with no part of this model ({unknown[0]}); its parts are "
-                f"{parts}"
-            )
-    placed = getattr(model, "hf_device_map", {})
-    offloaded = {"disk"} if set(placed.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
-    family = family_of(transformer.config)
-    for kept, (part, place) in product(family.kept if family else (), placed.items()):
-        if place in offloaded and (_within(kept, part) or _within(part, kept)):
-            raise UserError(
-                f"{name}: its {kept} cannot be offloaded; name a device for it in a device map of "
-                "your own"
-            )
-
-
-def _within(path: str, part: str) -> bool:
-    return part == "" or f"{path}.".startswith(f"{part}.")
 
 
 def pinned(name_or_path: str, revision: str | None = None) -> str | None:
@@ -246,17 +216,6 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def device_of(transformer: Transformer) -> torch.device:
-    """Where a transformer takes its inputs; parts of one with a device map may lie elsewhere."""
-    import torch
-
-    placed = getattr(transformer.model, "hf_device_map", {}).values()
-    on_devices = [device for device in placed if device not in ("cpu", "disk")]
-    if placed:
-        return torch.device(on_devices[0] if on_devices else "cpu")
-    return next(transformer.parameters()).device
 
 
 def set_readout(transformer: Transformer, readout: Readout) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 import patch_retriever
-from patch_retriever.backbones.load import device_of
+from patch_retriever.backbones.placement import device_of
 from patch_retriever.concepts.query import TABLE
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data

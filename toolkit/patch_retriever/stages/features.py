@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patch_retriever.activations.collect import collect_features
-from patch_retriever.backbones.load import device_of
+from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.data import SPLITS, Data
 from patch_retriever.progress import Progress
