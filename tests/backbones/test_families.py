@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -130,6 +131,8 @@ class Red:
 ITEMS = (Item("a cat"), Item(picture=Red()), Item("a cat", Red()))
 
 
+@pytest.mark.torchvision
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="Pixtral's processor needs it")
 def test_a_family_without_a_record_works_and_says_what_was_assumed(mistral3):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

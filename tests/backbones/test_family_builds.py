@@ -11,12 +11,34 @@ from conftest import SMALL_SAE
 from families import FAMILIES, parameter
 from patch_retriever import PatchedRetriever, build_retriever
 from patch_retriever.items import Item
+from patch_retriever.patch.deep import CODE
 from patch_retriever.pictures.picture import PictureFile
 
 
+@pytest.fixture
+def golden_python(fresh_python, monkeypatch):
+    """The golden check runs in a fresh process, too."""
+    monkeypatch.setattr(sys, "executable", str(fresh_python))
+
+
+@pytest.mark.usefixtures("golden_python")
+def test_build_in_half_precision_where_that_takes_code(stand_in, photo_folder, tmp_path):
+    folder = tmp_path / "out"
+    build_retriever(
+        folder,
+        model=str(stand_in("chameleon")),
+        pairs=str(photo_folder),
+        sae=SMALL_SAE,
+        preset="paper",
+        dtype="bfloat16",
+    )
+    assert (folder / CODE.name).is_file()
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("golden_python")
 @pytest.mark.parametrize("name", [parameter(name) for name in FAMILIES])
-def test_build(name, stand_in, photo_folder, tmp_path, fresh, fresh_python, monkeypatch):
-    monkeypatch.setattr(sys, "executable", str(fresh_python))  # of the golden check, too
+def test_build(name, stand_in, photo_folder, tmp_path, fresh):
     result = build_retriever(
         tmp_path / "out", model=str(stand_in(name)), pairs=str(photo_folder), sae=SMALL_SAE
     )
