@@ -45,7 +45,9 @@ def export(
     retriever = PatchedRetriever(with_readout(transformer, readout), patch)
     width = transformer.get_embedding_dimension()
     modules = [transformer, *export_modules(patch, width, readout.pooling)]
-    model = SentenceTransformer(modules=modules, device=str(retriever.device))
+    model = SentenceTransformer(
+        modules=modules, device=str(retriever.device), prompts=readout.prompts
+    )
     try:
         model.save(str(folder), create_model_card=False)
         for weights in folder.rglob("*.safetensors"):

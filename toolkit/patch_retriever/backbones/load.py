@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.families import image_token_id
+from patch_retriever.backbones.limits import limit_tokens
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.strict import no_image_part, strict_loading
 from patch_retriever.errors import UserError, first_line
@@ -155,8 +156,16 @@ def _quiet() -> Iterator[None]:
 
 
 def set_readout(transformer: Transformer, readout: Readout) -> None:
-    """Make `transformer` read items as `readout` says (its pooling aside)."""
-    transformer.processor.chat_template = readout.prompt.wrap(transformer.processor.chat_template)
+    """Make `transformer` read items as `readout` says (its pooling aside).
+
+    Raises:
+        UserError: the readout's token limit cannot be kept.
+    """
+    processor: Any = transformer.processor
+    processor.chat_template = readout.prompt.wrap(processor.chat_template)
+    if readout.max_tokens is not None:
+        room = limit_tokens(transformer, readout.prompt, readout.max_tokens)
+        processor.chat_template = readout.prompt.wrap(processor.chat_template, room)
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1
@@ -178,4 +187,5 @@ def with_readout(transformer: Transformer, readout: Readout) -> SentenceTransfor
     return SentenceTransformer(
         modules=[transformer, Pooling(width, readout.pooling), Normalize()],
         device=str(next(transformer.parameters()).device),
+        prompts=readout.prompts,
     )

@@ -1,0 +1,74 @@
+"""A token limit that cuts neither a picture, nor the template, nor the prompt."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from patch_retriever.backbones.readout import PROMPT_VARIABLE, Prompt, Room
+from patch_retriever.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from sentence_transformers.base.modules import Transformer
+
+_SPARE = 8
+"""Tokens for what the ends of template, text and prompt become when they meet."""
+_SIDES = range(32, 4097, 96)
+"""Sides, in pixels, of the pictures that the largest is looked for among."""
+
+
+def limit_tokens(transformer: Transformer, prompt: Prompt, max_tokens: int) -> Room:
+    """Let `transformer` read no more than `max_tokens` tokens of an item; what is left for a text
+    beside a picture, which the template must see to.
+
+    A text alone is cut by the tokenizer, at its end, and sentence-transformers writes the prompt
+    and the end of the template over its last tokens. It does not for items with pictures.
+
+    Raises:
+        UserError: the largest picture, the template and the prompt do not fit, or the model takes
+            no such length.
+    """
+    most = getattr(transformer.config.get_text_config(), "max_position_embeddings", max_tokens)
+    if max_tokens > most:
+        raise UserError(f"max_tokens: {max_tokens}, but the model takes {most} tokens at most")
+    picture = largest_picture(transformer)
+    one, two = (_length(transformer, n * [picture]) for n in (1, 2))
+    prompts = (prompt.text, prompt.image, prompt.both)
+    least = one + _SPARE + max(len(said.encode()) for said in prompts)
+    if max_tokens < least:
+        raise UserError(
+            f"max_tokens: {max_tokens} is too small; the largest picture ({two - one} tokens), the "
+            f"template and the prompt need {least}; give that at least, or a smaller max_pixels"
+        )
+    transformer.max_seq_length = max_tokens
+    transformer.tokenizer.truncation_side = "right"  # the template's start and pictures are left
+    return Room(max_tokens - one - _SPARE, two - one)
+
+
+def largest_picture(transformer: Transformer) -> Image.Image:
+    """A picture that becomes as many tokens as any, of a size that the processor's arithmetic
+    finds, or of any size where it has none: all are as large there."""
+    from PIL import Image
+
+    sizes = list(product(_SIDES, _SIDES))
+    processor: Any = transformer.processor
+    try:
+        tokens = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+    except (AttributeError, KeyError, TypeError):
+        tokens = [0] * len(sizes)
+    _, _, (height, width) = max(
+        (n, -size[0] * size[1], size) for n, size in zip(tokens, sizes, strict=True)
+    )
+    return Image.new("RGB", (width, height))
+
+
+def _length(transformer: Transformer, pictures: list[Image.Image]) -> int:
+    """Tokens of an item with these pictures, a short text and no prompt."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    content.append({"type": "text", "text": "a"})
+    features = transformer.preprocess(
+        [[{"role": "user", "content": content}]],
+        processing_kwargs={"text": {"truncation": False}, "chat_template": {PROMPT_VARIABLE: ""}},
+    )
+    return int(features["attention_mask"].sum())
