@@ -91,6 +91,9 @@ def build_retriever(
             model=model_fingerprint(config.model, config.revision),
             dtype=config.dtype,
             preset=config.preset,
+            prompt=None if config.prompt is None else asdict(config.prompt),
+            pooling=config.pooling,
+            max_tokens=config.max_tokens,
         )
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")

@@ -5,22 +5,23 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from patch_retriever.backbones.readout import PROMPT_VARIABLE, Prompt, Room
+from patch_retriever.backbones.readout import PROMPT_VARIABLE, Room
 from patch_retriever.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
     from sentence_transformers.base.modules import Transformer
 
+_NO_LIMIT = 10**30
 _SPARE = 8
 """Tokens for what the ends of template, text and prompt become when they meet."""
 _SIDES = range(32, 4097, 96)
 """Sides, in pixels, of the pictures that the largest is looked for among."""
 
 
-def limit_tokens(transformer: Transformer, prompt: Prompt, max_tokens: int) -> Room:
-    """Let `transformer` read no more than `max_tokens` tokens of an item; what is left for a text
-    beside a picture, which the template must see to.
+def limit_tokens(transformer: Transformer, max_tokens: int) -> Room:
+    """Let `transformer` read no more than `max_tokens` tokens of an item, under the readout that is
+    set; what that leaves for a text beside a picture, to which the template must see.
 
     A text alone is cut by the tokenizer, at its end, and sentence-transformers writes the prompt
     and the end of the template over its last tokens. It does not for items with pictures.
@@ -32,18 +33,25 @@ def limit_tokens(transformer: Transformer, prompt: Prompt, max_tokens: int) -> R
     most = getattr(transformer.config.get_text_config(), "max_position_embeddings", max_tokens)
     if max_tokens > most:
         raise UserError(f"max_tokens: {max_tokens}, but the model takes {most} tokens at most")
-    picture = largest_picture(transformer)
-    one, two = (_length(transformer, n * [picture]) for n in (1, 2))
-    prompts = (prompt.text, prompt.image, prompt.both)
-    least = one + _SPARE + max(len(said.encode()) for said in prompts)
+    transformer.max_seq_length = _NO_LIMIT  # of an earlier readout
+    pictures = 3 * [largest_picture(transformer)]
+    bare = [_length(transformer, pictures[: n + 1], "a", prompt="") for n in range(3)]
+    whole = _length(transformer, pictures[:1], "a")
+    # two pictures may take less than one of them alone, if that one is cut into tiles
+    further = max(bare[1] - bare[0], bare[2] - bare[1])
+    least = _SPARE + max(
+        whole, _length(transformer, pictures[:1], None), _length(transformer, [], "a")
+    )
     if max_tokens < least:
         raise UserError(
-            f"max_tokens: {max_tokens} is too small; the largest picture ({two - one} tokens), the "
-            f"template and the prompt need {least}; give that at least, or a smaller max_pixels"
+            f"max_tokens: {max_tokens} is too small; the template, the prompt and the largest "
+            f"picture, {pictures[0].width} x {pictures[0].height} pixels, need {least}; give that "
+            "at least, or a smaller max_pixels"
         )
     transformer.max_seq_length = max_tokens
-    transformer.tokenizer.truncation_side = "right"  # the template's start and pictures are left
-    return Room(max_tokens - one - _SPARE, two - one)
+    tokenizer: Any = transformer.tokenizer
+    tokenizer.truncation_side = "right"  # the template's start and pictures are left
+    return Room(max_tokens - bare[0] - _SPARE, further, whole - bare[0])
 
 
 def largest_picture(transformer: Transformer) -> Image.Image:
@@ -63,12 +71,18 @@ def largest_picture(transformer: Transformer) -> Image.Image:
     return Image.new("RGB", (width, height))
 
 
-def _length(transformer: Transformer, pictures: list[Image.Image]) -> int:
-    """Tokens of an item with these pictures, a short text and no prompt."""
+def _length(
+    transformer: Transformer,
+    pictures: list[Image.Image],
+    text: str | None,
+    prompt: str | None = None,
+) -> int:
+    """Tokens of an item, under the readout's prompt or another."""
     content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-    content.append({"type": "text", "text": "a"})
+    if text is not None:
+        content.append({"type": "text", "text": text})
+    options = {} if prompt is None else {PROMPT_VARIABLE: prompt}
     features = transformer.preprocess(
-        [[{"role": "user", "content": content}]],
-        processing_kwargs={"text": {"truncation": False}, "chat_template": {PROMPT_VARIABLE: ""}},
+        [[{"role": "user", "content": content}]], processing_kwargs={"chat_template": options}
     )
     return int(features["attention_mask"].sum())

@@ -164,7 +164,7 @@ def set_readout(transformer: Transformer, readout: Readout) -> None:
     processor: Any = transformer.processor
     processor.chat_template = readout.prompt.wrap(processor.chat_template)
     if readout.max_tokens is not None:
-        room = limit_tokens(transformer, readout.prompt, readout.max_tokens)
+        room = limit_tokens(transformer, readout.max_tokens)
         processor.chat_template = readout.prompt.wrap(processor.chat_template, room)
     output: Any = LAST
     if readout.site != LAST:

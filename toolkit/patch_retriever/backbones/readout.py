@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 PoolingMode = Literal["mean", "lasttoken"]
+POOLINGS: tuple[PoolingMode, ...] = get_args(PoolingMode)
 LAST = "last_hidden_state"
 
 
@@ -27,16 +28,18 @@ class Room:
     """
 
     text: int
-    """Bytes of text and prompt that fit beside one picture."""
+    """Tokens that are left beside the template and one picture."""
     picture: int
     """Tokens that every further picture takes."""
+    prompt: int
+    """Tokens of the readout's own prompt; of another the bytes are counted, too."""
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What follows an item in the user's turn, by what the item holds."""
 
-    name: str
+    name: str = "own"
     text: str = ""
     image: str = ""
     both: str = ""
@@ -58,6 +61,7 @@ class Prompt:
             "takes": self.instruction == "user",
             "room": room and room.text,
             "picture": room and room.picture,
+            "own": room and room.prompt,
         }
 
         def literal(match: re.Match[str]) -> str:
@@ -65,7 +69,7 @@ class Prompt:
 
         parts = _WRAPPER.partition(_CUT)
         wrapper = "".join(parts if room else parts[::2])
-        head = re.sub("@(text|image|both|takes|room|picture)@", literal, wrapper)
+        head = re.sub("@(text|image|both|takes|room|picture|own)@", literal, wrapper)
         if self.generation_prompt:
             head += "{%- set add_generation_prompt = true -%}"
         return head + _END + own_template(chat_template)
@@ -73,7 +77,8 @@ class Prompt:
 
 _CUT = """\
 {%- if media -%}
-{%- set taken = (prompt ~ readout.system).encode('utf-8') | length -%}
+{%- set said = readout.system if own else readout.system ~ prompt -%}
+{%- set taken = said.encode('utf-8') | length + (@own@ if own else 0) -%}
 {%- set room = @room@ - (media | length - 1) * @picture@ - taken -%}
 {%- set text = text.encode('utf-8')[:[room, 0] | max].decode('utf-8', 'ignore') -%}
 {%- endif -%}
@@ -92,6 +97,7 @@ _WRAPPER = (
 {%- set media = [] if content is string else
     content | rejectattr('type', 'equalto', 'text') | list -%}
 {%- set prompt = @both@ if media and texts else @image@ if media else @text@ -%}
+{%- set own = readout.asked is none and readout_prompt is not defined -%}
 {%- if readout.asked is not none -%}
 {%- set prompt = ('\\n' if text and readout.asked[:1].strip() else '') ~ readout.asked -%}
 {%- endif -%}
@@ -212,7 +218,7 @@ PAPER_READOUT = Readout(PAPER)
 def readout_grid(
     n_layers: int,
     prompts: Sequence[Prompt] = TRIED,
-    poolings: Sequence[PoolingMode] = get_args(PoolingMode),
+    poolings: Sequence[PoolingMode] = POOLINGS,
     max_tokens: int | None = None,
 ) -> Iterator[Readout]:
     """The readouts that `build` tries on validation.

@@ -40,6 +40,19 @@ if TYPE_CHECKING:
     help="auto tries readouts on validation, paper pins the paper's. [default: auto]",
 )
 @click.option(
+    "--prompt",
+    metavar="plain|paper|one-word|e5v|FILE.yaml",
+    help="The only prompt to try, by name or your own (docs/inputs.md).",
+)
+@click.option(
+    "--pooling", type=click.Choice(["mean", "lasttoken"]), help="The only pooling to try."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Longest input in tokens; texts are cut, pictures never. [default: the model's own]",
+)
+@click.option(
     "--sae",
     metavar="FOLDER|ID",
     help="An SAE to use instead of training one: SAELens, sparsify, dictionary_learning.",
@@ -75,6 +88,9 @@ def build(
     out: Path,
     config_file: Path | None,
     preset: str | None,
+    prompt: str | None,
+    pooling: str | None,
+    max_tokens: int | None,
     sae: str | None,
     codes: str | None,
     seed: int | None,
@@ -114,6 +130,9 @@ def build(
         text_column=text_column,
         allow_urls=allow_urls,
         preset=preset,
+        prompt=prompt,
+        pooling=pooling,
+        max_tokens=max_tokens,
         sae_from=sae,
         codes=codes,
         seed=seed,
