@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,11 @@ class Item:
         return () if self.picture is None else (self.picture, *self.more_pictures)
 
     @classmethod
+    def of(cls, text: str | None, pictures: Sequence[Picture]) -> Item:
+        """A text, any number of pictures, or both."""
+        return cls(text, pictures[0] if pictures else None, tuple(pictures[1:]))
+
+    @classmethod
     def parse(cls, said: str) -> Item:
         """An item as one word of a command: a picture's path, several (`a.jpg + b.jpg`), a text,
         or a text after pictures (`photo.jpg + a text`).
@@ -53,10 +59,7 @@ class Item:
         while (found := _first_picture(rest, further=bool(pictures))) is not None:
             path, rest = found
             pictures.append(PictureFile(Path(path)))
-        if not pictures:
-            return cls(said)
-        first, *more = pictures
-        return cls(rest.strip() or None, first, tuple(more))
+        return cls.of(rest.strip() or None, pictures) if pictures else cls(said)
 
     @property
     def kind(self) -> Kind:

@@ -33,7 +33,9 @@ def limit_tokens(transformer: Transformer, max_tokens: int) -> Room:
     most = getattr(transformer.config.get_text_config(), "max_position_embeddings", max_tokens)
     if max_tokens > most:
         raise UserError(f"max_tokens: {max_tokens}, but the model takes {most} tokens at most")
-    transformer.max_seq_length = _NO_LIMIT  # of an earlier readout
+    tokenizer: Any = transformer.tokenizer
+    tokenizer.init_kwargs.pop("max_length", None)  # an export's tokenizer.json brings its own
+    tokenizer.model_max_length = _NO_LIMIT  # of an earlier readout
     pictures = 3 * [largest_picture(transformer)]
     bare = [_length(transformer, pictures[: n + 1], "a", prompt="") for n in range(3)]
     whole = _length(transformer, pictures[:1], "a")
@@ -48,8 +50,7 @@ def limit_tokens(transformer: Transformer, max_tokens: int) -> Room:
             f"picture, {pictures[0].width} x {pictures[0].height} pixels, need {least}; give that "
             "at least, or a smaller max_pixels"
         )
-    transformer.max_seq_length = max_tokens
-    tokenizer: Any = transformer.tokenizer
+    tokenizer.model_max_length = max_tokens
     tokenizer.truncation_side = "right"  # the template's start and pictures are left
     return Room(max_tokens - bare[0] - _SPARE, further, whole - bare[0])
 

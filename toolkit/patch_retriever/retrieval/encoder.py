@@ -155,6 +155,8 @@ class Encoder:
         encode: Any = self._trunk.encode_query if role == "query" else self._trunk.encode_document
         load = Item.load if self._as_chat else Item.load_plain
         said = {"prompt": p} if (p := self.prompt(role, prompt)) else {}
+        if not self._as_chat and any(item.more_pictures for item in items):
+            raise UserError(f"{self.name}: takes one picture an item, and there are items of more")
         loaded = [load(item) for item in items]
         try:
             return encode(
