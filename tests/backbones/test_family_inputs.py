@@ -22,8 +22,6 @@ from patch_retriever.backbones.readout import (
 )
 from patch_retriever.pictures.picture import to_rgb
 
-REFUSED = ("paligemma2", "chameleon")
-
 
 def striped(colour: str, size: tuple[int, int]) -> Image.Image:
     picture = Image.new("RGB", size, colour)
@@ -34,7 +32,7 @@ def striped(colour: str, size: tuple[int, int]) -> Image.Image:
 RED, BLUE, GREEN = striped("red", (60, 60)), striped("blue", (40, 90)), striped("green", (90, 60))
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in REFUSED])
+@pytest.fixture(scope="module", params=FAMILIES)
 def transformer(request, stand_in):
     if lacking := missing(request.param):
         pytest.skip(f"{request.param}: needs {', '.join(lacking)}; see vision_operators.py")

@@ -24,12 +24,6 @@ from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.probe import Probe
 
-REFUSED = {
-    name: "its processor has no chat template, which the readout's prompt is written into; "
-    "save the processor with one (processor.chat_template = ...)"
-    for name in ("paligemma2", "chameleon")
-}
-LOADED = [name for name in FAMILIES if name not in REFUSED]
 READOUTS = (PAPER_READOUT, Readout(ONE_WORD, pooling="lasttoken"))
 LAYERS = ("layers.0", "layers.1", "layers.2")
 by_readout = pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: readout.prompt.name)
@@ -64,7 +58,7 @@ def loaded(stand_in, name):
     return load_backbone(str(stand_in(name)))
 
 
-@pytest.fixture(scope="module", params=LOADED)
+@pytest.fixture(scope="module", params=FAMILIES)
 def name(request):
     return request.param
 
@@ -177,13 +171,6 @@ def test_the_site_before_the_mlp_is_the_residual_stream_after_attention(transfor
         found, entry = found[text_nt], entry[text_nt]
         expected["branch"] = expected["branch"][text_nt]
     assert torch.allclose(found, entry + expected["branch"], atol=1e-6)
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_a_family_without_a_chat_template_is_refused_in_one_line(stand_in, family):
-    folder = stand_in(family)
-    with pytest.raises(UserError, match=f"^{re.escape(f'{folder}: {REFUSED[family]}')}$"):
-        load_backbone(str(folder))
 
 
 @pytest.mark.parametrize("family", NEEDS)

@@ -16,7 +16,6 @@ from patch_retriever.items import Item
 ASKING = Prompt("asking", text=" what is it?", both=" is this it?")
 PROMPTS = (PLAIN, PAPER, ONE_WORD, ASKING)
 by_prompt = pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.name)
-REFUSED = ("paligemma2", "chameleon")
 
 
 class Plain:
@@ -44,7 +43,7 @@ ITEMS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in REFUSED])
+@pytest.fixture(scope="module", params=FAMILIES)
 def name(request):
     return request.param
 
@@ -118,6 +117,8 @@ def test_the_text_is_text_whatever_it_says(transformer):
 GRIDS = {
     "llava": (3, 3),
     "gemma3": (2, 2),
+    "paligemma2": (3, 3),
+    "chameleon": (2, 2),
     "idefics3": None,
     "smolvlm": None,
     "llava-onevision": None,

@@ -18,12 +18,11 @@ from patch_retriever.backbones.load import load_backbone, set_readout, with_read
 from patch_retriever.backbones.readout import ONE_WORD, PAPER, PLAIN, Prompt, Readout
 from patch_retriever.errors import UserError
 
-REFUSED = ("paligemma2", "chameleon")
 LONG = "two small dogs on a mat, asleep; " * 60
 SPARE = 40
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in REFUSED])
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, stand_in):
     if lacking := missing(request.param):
         pytest.skip(f"{request.param}: needs {', '.join(lacking)}; see vision_operators.py")

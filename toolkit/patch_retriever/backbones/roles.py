@@ -66,7 +66,8 @@ class TokenRoles:
         roles_t[max(0, n - frame.tail) :] = ROLES.index("instruction")
         roles_t[max(0, n - frame.closing) :] = ROLES.index("special")
         roles_t[: len(item.before) + frame.head] = ROLES.index("special")
-        roles_t[frame.system] = ROLES.index("instruction")
+        roles_t[frame.before] = ROLES.index("instruction")
+        roles_t[len(item.before) :][frame.between] = ROLES.index("instruction")
         roles_t[torch.isin(ids_t, self._special)] = ROLES.index("special")
         roles_t[ids_t == self._image] = ROLES.index("image")
         return roles_t
@@ -120,13 +121,15 @@ class _Frame:
     - `head`: tokens between the last picture, or the start, and the item's text.
     - `tail`: tokens after the text.
     - `closing`: those at the end of the tail that are the template's.
-    - `system`: where, from the start, an instruction before the item stands.
+    - `before`, `between`: where an instruction before the item stands, from the start, or in the
+      head where the family writes pictures first.
     """
 
     head: int
     tail: int
     closing: int
-    system: slice
+    before: slice
+    between: slice
 
     @classmethod
     def of(cls, written: list[_Written], otherwise: list[_Written]) -> _Frame:
@@ -138,17 +141,20 @@ class _Frame:
             tail, other_tail = tail[start:], other_tail[start:]
             head, other_head = head[:start], other_head[:start]
         closing = _shared(tail[::-1], other_tail[::-1])
-        before = written[0].before + head
-        other_before = otherwise[0].before + other_head
-        first = _shared(before, other_before)
-        last = len(before) - _shared(before[first:][::-1], other_before[first:][::-1])
-        return cls(len(head), len(tail), closing, slice(first, last))
+        before = _differing(written[0].before, otherwise[0].before)
+        return cls(len(head), len(tail), closing, before, _differing(head, other_head))
 
 
 def _ends(written: list[_Written]) -> tuple[list[int], list[int]]:
     """What items of a kind share after the image, at the start and at the end."""
     a, b = written[0].after, written[-1].after
     return a[: _shared(a, b)], a[len(a) - _shared(a[::-1], b[::-1]) :]
+
+
+def _differing(a: list[int], b: list[int]) -> slice:
+    """Where `a` is not what `b` is, between the same start and the same end."""
+    start = _shared(a, b)
+    return slice(start, len(a) - _shared(a[start:][::-1], b[start:][::-1]))
 
 
 def _shared(a: list[int], b: list[int]) -> int:
