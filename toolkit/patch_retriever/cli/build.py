@@ -130,10 +130,10 @@ def build(
     patch-retriever build org/model --pairs pairs.jsonl --preset paper -o mine
     patch-retriever build --config settings.yaml --seed 1 -o mine
 
-    PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"}; a CSV,
-    TSV or Parquet file with such columns; WebDataset shards ("shards/{0000..0031}.tar");
-    datasets:org/name[/config][:split], from the hub or a folder; or a folder of any of these, or
-    of pictures with .txt files of the same name.
+    PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"} (or a
+    list of either); a CSV, TSV or Parquet file with such columns; WebDataset shards
+    ("shards/{0000..0031}.tar"); datasets:org/name[/config][:split], from the hub or a folder; or a
+    folder of any of these, or of pictures with .txt files of the same name.
     """
     from patch_retriever.config import BuildConfig
     from patch_retriever.runs import check_out
