@@ -20,7 +20,10 @@ from patch_retriever.backbones.readout import (
     Prompt,
     Readout,
 )
+from patch_retriever.errors import UserError
+from patch_retriever.items import Item
 from patch_retriever.pictures.picture import to_rgb
+from patch_retriever.retrieval.encoder import Encoder
 
 
 def striped(colour: str, size: tuple[int, int]) -> Image.Image:
@@ -196,3 +199,17 @@ def test_of_these_modes_a_plain_export_wants_them_prepared(exported, mode):
     found, expected = exported.encode([picture, to_rgb(picture)])
     assert differ(found, expected) > 1e-3
     assert differ(exported.encode([to_rgb(picture)])[0], expected) < 1e-5
+
+
+def test_a_template_that_takes_no_system_message_says_so_in_one_line(stand_in):
+    transformer = load_backbone(str(stand_in("llava")))
+    refusing = "{{ raise_exception('System role not supported') }}"
+    own = transformer.processor.chat_template
+    transformer.processor.chat_template = (
+        "{%- if messages[0]['role'] == 'system' -%}" + refusing + "{%- endif -%}" + own
+    )
+    prompt = Prompt("own", both=" is it?", instruction="system")
+    encoder = Encoder(with_readout(transformer, Readout(prompt)), "llava")
+    with pytest.raises(UserError, match=r"^llava: cannot encode .*System role not supported"):
+        encoder.embed([Item("a cat")], "query", prompt="be brief")
+    assert encoder.embed([Item("a cat")], "query").shape == (1, 32)

@@ -246,7 +246,8 @@ def set_readout(transformer: Transformer, readout: Readout) -> None:
     """
     processor: Any = transformer.processor
     processor.chat_template = readout.prompt.wrap(processor.chat_template)
-    transformer._chat_template_suffix_cache.clear()  # it does not know that the template changed
+    # sentence-transformers keeps the ends of templates, and does not see that this one changed
+    getattr(transformer, "_chat_template_suffix_cache", {}).clear()
     if readout.max_tokens is not None:
         room = limit_tokens(transformer, readout.max_tokens)
         processor.chat_template = readout.prompt.wrap(processor.chat_template, room)
