@@ -75,6 +75,21 @@ def test_a_model_with_layers_on_the_disk_gives_the_same(stand_in, name):
     assert not torch.allclose(doubled["token_embeddings"], expected["last_hidden_state"])
 
 
+@pytest.mark.parametrize("name", ["llava", "idefics3", "paligemma2"])
+def test_auto_puts_on_the_disk_what_the_memory_does_not_hold(stand_in, name, monkeypatch):
+    plain = load_backbone(str(stand_in(name)))
+    size = sum(p.numel() * p.element_size() for p in plain.parameters())
+    for ask in ("get_max_memory", "get_balanced_memory"):
+        monkeypatch.setattr(
+            f"transformers.integrations.accelerate.{ask}",
+            lambda *_, **__: {"cpu": int(0.7 * size) + 20_000},
+        )
+    placed = load_backbone(str(stand_in(name)), device_map="auto")
+    assert set(placed.model.hf_device_map.values()) == {"cpu", "disk"}
+    expected_nd = with_readout(plain, PAPER_READOUT).encode(CHATS)
+    assert np.array_equal(with_readout(placed, PAPER_READOUT).encode(CHATS), expected_nd)
+
+
 def test_auto_on_one_device_is_that_device(random_model):
     plain, auto = (
         load_backbone(str(random_model)),
@@ -119,9 +134,15 @@ def test_a_device_map_that_does_not_fit_is_refused_in_one_line(random_model, sai
 def test_a_part_that_cannot_be_offloaded_is_said(stand_in):
     folder = str(stand_in("chameleon"))
     device_map = {**on_disk(load_backbone(folder)), "vqmodel": "disk"}
-    line = f"{folder}: Chameleon's vqmodel cannot be offloaded; name a device for it"
+    line = f"{folder}: its vqmodel.quantize cannot be offloaded; name a device for it"
     with pytest.raises(UserError, match=f"^{re.escape(line)}"):
         load_backbone(folder, device_map=device_map)
+    parts = dict(load_backbone(folder).model.vqmodel.named_children())
+    split = {f"vqmodel.{part}": "cpu" if part == "quantize" else "disk" for part in parts}
+    del device_map["vqmodel"]
+    placed = load_backbone(folder, device_map=device_map | split)
+    expected_nd = with_readout(load_backbone(folder), PAPER_READOUT).encode(CHATS)
+    assert np.array_equal(with_readout(placed, PAPER_READOUT).encode(CHATS), expected_nd)
 
 
 @pytest.mark.parametrize("said", ["{", "{'a': 1}"])
@@ -159,7 +180,7 @@ def test_flash_attention_is_refused_where_it_would_hide_tokens(stand_in, name, m
         PreTrainedModel, "_check_and_adjust_attn_implementation", lambda *_, **__: "sdpa"
     )
     taken = pytest.raises(Stop)
-    refused = pytest.raises(UserError, match="would hide; use sdpa$")
+    refused = pytest.raises(UserError, match=r"would hide; use sdpa$")
     with taken if name == "llava" else refused:
         load_backbone(str(stand_in(name)), attention="flash_attention_2")
 

@@ -108,8 +108,8 @@ FAMILIES = (
         decoder="",
         picture="<racm3:break><image><eoss>",
         layout="{{ @start@ }}" + _PICTURES + _TEXTS + "{{ sep_token }}",
-        kept=("vqmodel",),
-        quirks="Its layers are on the model itself, and its VQ-VAE cannot be offloaded.",
+        kept=("vqmodel.quantize",),  # reads its weights without running what holds them
+        quirks="Its layers are on the model itself, and its book of codes cannot be offloaded.",
     ),
     Family("LLaVA", ("llava",)),
     Family("LLaVA-NeXT", ("llava_next",), pixels="grids"),

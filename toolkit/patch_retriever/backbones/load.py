@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,12 +151,16 @@ def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) ->
     placed = getattr(model, "hf_device_map", {})
     offloaded = {"disk"} if set(placed.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     family = family_of(transformer.config)
-    for part, place in placed.items():
-        if place in offloaded and family and part.split(".")[0] in family.kept:
+    for kept, (part, place) in product(family.kept if family else (), placed.items()):
+        if place in offloaded and (_within(kept, part) or _within(part, kept)):
             raise UserError(
-                f"{name}: {family.name}'s {part} cannot be offloaded; name a device for it in a "
-                "device map of your own"
+                f"{name}: its {kept} cannot be offloaded; name a device for it in a device map of "
+                "your own"
             )
+
+
+def _within(path: str, part: str) -> bool:
+    return part == "" or f"{path}.".startswith(f"{part}.")
 
 
 def pinned(name_or_path: str, revision: str | None = None) -> str | None:
