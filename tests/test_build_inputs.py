@@ -6,15 +6,21 @@ import json
 
 import numpy as np
 import pytest
+from jinja2 import Environment, meta
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from conftest import SMALL_SAE
 from patch_retriever import build_retriever
-from patch_retriever.backbones.readout import PAPER_PROMPTS
+from patch_retriever.backbones.load import load_backbone
+from patch_retriever.backbones.readout import LAST, PAPER_PROMPTS, PAPER_READOUT
 from patch_retriever.config import BuildConfig
+from patch_retriever.data import scenes_data
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.publish import export
+from patch_retriever.report import card
 from patch_retriever.retrieval.encoder import load_encoder
 from patch_retriever.retriever import PatchedRetriever
 from patch_retriever.stages.readout import load_readout
@@ -91,35 +97,41 @@ def test_long_items_are_cut_alike_live_exported_and_at_its_base(built):
     assert np.abs(base.embed([Item(LONG)], "query") - expected).max() < 1e-5
 
 
-def test_the_card_says_what_is_said_and_cut(built, finished_build):
+def test_the_card_says_what_is_said_and_cut(built):
     card = (built[0] / "README.md").read_text()
     assert "**token limit**: 160" in card
     assert 'encode(..., prompt="...")' in card
     assert "prompt_name=" not in card
-    assert "token limit" not in (finished_build / "README.md").read_text()
 
 
 def test_the_papers_readout_is_exported_with_its_prompts(random_model, tmp_path):
-    build_retriever(
-        tmp_path / "out",
-        model=str(random_model),
-        scenes={"calibration": 24, "validation": 20, "test": 24},
-        sae=SMALL_SAE,
-        preset="paper",
-    )
-    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    out = tmp_path / "out"
+    patch = Patch(LAST, about={"readout": PAPER_READOUT.to_json()})
+    patch.save(tmp_path / "patch")
+    data = scenes_data({"calibration": 24, "validation": 20, "test": 24}, 0)
+    export(load_backbone(str(random_model)), PAPER_READOUT, tmp_path, data, out)
+    patch.save(out / "patch")
+    model = SentenceTransformer(str(out), device="cpu")
     assert {n: p for n, p in model.prompts.items() if p} == PAPER_PROMPTS
-    card = (tmp_path / "out/README.md").read_text()
-    assert "it->i query" in card
-    live = PatchedRetriever.from_folder(tmp_path / "out")
+    live = PatchedRetriever.from_folder(out)
     item = {"image": Image.new("RGB", (30, 30), "red"), "text": "make it blue"}
     for name in PAPER_PROMPTS:
         found_d = model.encode(item, prompt_name=name)
         assert np.abs(found_d - live.encode(item, prompt_name=name)).max() < 1e-5
     asked = model.encode(item, prompt_name="it->i query")
     assert np.abs(asked - model.encode(item, prompt_name="it->it query")).max() > 1e-4
-    encoder = load_encoder(str(tmp_path / "out"))  # no role has a prompt of its own
+    encoder = load_encoder(str(out))  # no role has a prompt of its own
     assert (encoder.prompt("query"), encoder.prompt("document")) == ("", "")
+
+
+def test_the_card_of_a_model_with_the_papers_prompts_names_them():
+    names = meta.find_undeclared_variables(Environment().parse(card._CARD))
+    values = {name: name for name in names} | {"prompts": list(PAPER_PROMPTS), "max_tokens": None}
+    written = card.model_card(**values)
+    assert all(name in written for name in PAPER_PROMPTS)
+    assert "token limit" not in written
+    assert "as a system message before it" in card.model_card(**values | {"instruction": "system"})
+    assert "in its place" in card.model_card(**values | {"instruction": "user"})
 
 
 # settings
