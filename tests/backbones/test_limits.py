@@ -121,6 +121,16 @@ def test_several_pictures_leave_less_room_and_too_many_are_refused(transformer):
         transformer.preprocess([chat(40 * [picture], "a cat")])
 
 
+def test_no_picture_becomes_more_tokens_than_the_largest(transformer):
+    transformer.max_seq_length = 10**30
+    set_readout(transformer, Readout(PLAIN))
+    ((_, most, _),) = read(transformer, chat([largest_picture(transformer)]))
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1), (900, 900), (20, 900), (900, 20), *rng.integers(10, 300, (12, 2)).tolist()]
+    rows = read(transformer, *(chat([Image.new("RGB", tuple(size))]) for size in sizes))
+    assert max(n for _, n, _ in rows) <= most
+
+
 QUICK = settings(
     deadline=None, database=None, max_examples=25, phases=[Phase.explicit, Phase.generate]
 )

@@ -36,23 +36,20 @@ def limit_tokens(transformer: Transformer, max_tokens: int) -> Room:
     tokenizer: Any = transformer.tokenizer
     tokenizer.init_kwargs.pop("max_length", None)  # an export's tokenizer.json brings its own
     tokenizer.model_max_length = _NO_LIMIT  # of an earlier readout
-    pictures = 3 * [largest_picture(transformer)]
-    bare = [_length(transformer, pictures[: n + 1], "a", prompt="") for n in range(3)]
-    whole = _length(transformer, pictures[:1], "a")
-    # two pictures may take less than one of them alone, if that one is cut into tiles
-    further = max(bare[1] - bare[0], bare[2] - bare[1])
-    least = _SPARE + max(
-        whole, _length(transformer, pictures[:1], None), _length(transformer, [], "a")
-    )
+    largest = largest_picture(transformer)
+    bare, whole = _length(transformer, largest, "a", prompt=""), _length(transformer, largest, "a")
+    # one of several takes no more than one alone; some families cut only that one into tiles
+    picture = bare - _length(transformer, None, "a", prompt="")
+    others = _length(transformer, largest, None), _length(transformer, None, "a")
+    least = max(whole, *others) + _SPARE
     if max_tokens < least:
         raise UserError(
             f"max_tokens: {max_tokens} is too small; the template, the prompt and the largest "
-            f"picture, {pictures[0].width} x {pictures[0].height} pixels, need {least}; give that "
-            "at least, or a smaller max_pixels"
+            f"picture ({picture} tokens) need {least}; give that at least, or a smaller max_pixels"
         )
     tokenizer.model_max_length = max_tokens
     tokenizer.truncation_side = "right"  # the template's start and pictures are left
-    return Room(max_tokens - bare[0] - _SPARE, further, whole - bare[0])
+    return Room(max_tokens - bare - _SPARE, picture, whole - bare)
 
 
 def largest_picture(transformer: Transformer) -> Image.Image:
@@ -74,14 +71,13 @@ def largest_picture(transformer: Transformer) -> Image.Image:
 
 def _length(
     transformer: Transformer,
-    pictures: list[Image.Image],
+    picture: Image.Image | None,
     text: str | None,
     prompt: str | None = None,
 ) -> int:
     """Tokens of an item, under the readout's prompt or another."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-    if text is not None:
-        content.append({"type": "text", "text": text})
+    parts = {"image": picture, "text": text}
+    content = [{"type": kind, kind: part} for kind, part in parts.items() if part is not None]
     options = {} if prompt is None else {PROMPT_VARIABLE: prompt}
     features = transformer.preprocess(
         [[{"role": "user", "content": content}]], processing_kwargs={"chat_template": options}
