@@ -64,7 +64,9 @@ def export_patch(
     else:
         width = transformer.get_embedding_dimension()
         modules = [transformer, *export_modules(patch, width, readout.pooling)]
-    model = SentenceTransformer(modules=modules, device=str(retriever.device))
+    model = SentenceTransformer(
+        modules=modules, device=str(retriever.device), prompts=readout.prompts
+    )
     try:
         model.save(str(folder), create_model_card=False)
         if with_code:

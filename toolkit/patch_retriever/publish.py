@@ -100,13 +100,17 @@ def _card(
     tried = json.loads((readouts / "readout.json").read_text())["scores"]
     texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
     with_code = (exported / CODE.name).is_file()
+    readout = load_readout(readouts)
     return model_card(
         name=name,
         base_model=config.model,
         commit=config.revision,
         version=patch_retriever.__version__,
         example=texts[0],
-        readout=load_readout(readouts).name,
+        readout=readout.name,
+        max_tokens=readout.max_tokens,
+        prompts=list(readout.prompts),
+        instruction=readout.prompt.instruction,
         chosen_how=f"chosen on validation among {len(tried)}" if tried else "the preset's",
         exported=patch.about["method"],
         setting=setting_text(patch.about["setting"]),

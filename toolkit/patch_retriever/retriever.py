@@ -58,7 +58,8 @@ class PatchedRetriever(SentenceTransformer):
                 not have, or `sae` is not the SAE that it was made with.
         """
         _check_sites(patch, cast("Transformer", backbone[0]))
-        super().__init__(modules=list(backbone), device=str(backbone.device))
+        prompts = {name: said for name, said in backbone.prompts.items() if said is not None}
+        super().__init__(modules=list(backbone), device=str(backbone.device), prompts=prompts)
         self.patch = patch
         # not child modules: an nn.Sequential would run them
         self.__dict__["_probe"] = Probe(cast("Transformer", self[0]))

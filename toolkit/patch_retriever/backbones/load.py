@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from patch_retriever.backbones.chat import take_chats
 from patch_retriever.backbones.families import assumed, family_of, image_token_id
 from patch_retriever.backbones.image_backend import use_pillow
+from patch_retriever.backbones.limits import limit_tokens
 from patch_retriever.backbones.pixels import limit_pixels
 from patch_retriever.backbones.placement import DeviceMap, check_placed, device_of
 from patch_retriever.backbones.readout import LAST, Readout
@@ -222,8 +223,17 @@ def set_readout(transformer: Transformer, readout: Readout) -> None:
     """Make `transformer` read items as `readout` says (its pooling aside).
 
     `last_hidden_state` is after the decoder's final norm, every `layers.N` before it.
+
+    Raises:
+        UserError: the readout's token limit cannot be kept.
     """
-    transformer.processor.chat_template = readout.prompt.wrap(transformer.processor.chat_template)
+    processor: Any = transformer.processor
+    processor.chat_template = readout.prompt.wrap(processor.chat_template)
+    # sentence-transformers keeps the ends of templates, and does not see that this one changed
+    getattr(transformer, "_chat_template_suffix_cache", {}).clear()
+    if readout.max_tokens is not None:
+        room = limit_tokens(transformer, readout.max_tokens)
+        processor.chat_template = readout.prompt.wrap(processor.chat_template, room)
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1
@@ -258,4 +268,5 @@ def with_readout(transformer: Transformer, readout: Readout) -> SentenceTransfor
     return SentenceTransformer(
         modules=[transformer, Pooling(width, readout.pooling), Normalize()],
         device=str(device_of(transformer)),
+        prompts=readout.prompts,
     )
