@@ -117,16 +117,6 @@ def test_a_text_only_model(tmp_path):
     assert "text-only" in refusal(tmp_path)
 
 
-def test_a_processor_without_a_chat_template(copied):
-    (copied / "chat_template.jinja").unlink()
-    for name in ("tokenizer_config.json", "processor_config.json"):
-        if (copied / name).is_file():
-            values = json.loads((copied / name).read_text())
-            values.pop("chat_template", None)
-            (copied / name).write_text(json.dumps(values))
-    assert "no chat template" in refusal(copied)
-
-
 def test_a_good_model_loads_in_float32_for_inference(transformer):
     parameters = list(transformer.parameters())
     assert {p.dtype for p in parameters} == {torch.float32}

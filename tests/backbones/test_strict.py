@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -215,6 +216,7 @@ def qwen2_vl(random_model, tmp_path):
     return folder
 
 
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_torchvision_is_asked_for_where_a_family_needs_it(qwen2_vl, monkeypatch):
     from transformers.utils import import_utils
 

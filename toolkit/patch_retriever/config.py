@@ -44,8 +44,15 @@ class BuildConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     skip_bad: bool = False
     """Leave bad rows and pictures out instead of stopping."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Of the model; auto is that of its files."""
     device: str = "cpu"
+    device_map: str | dict[str, str | int] | None = None
+    """In place of a device: auto spreads the model over all there are."""
+    max_pixels: int | None = Field(default=None, ge=1)
+    """Of a picture, where the model makes more tokens of a larger one."""
+    attention: str | None = None
+    """transformers' implementation: sdpa, eager, flash_attention_2; None for its choice."""
     batch_size: int = Field(default=64, ge=1)
     scenes: ScenesSettings = ScenesSettings()
     sae: SAESettings = SAESettings()

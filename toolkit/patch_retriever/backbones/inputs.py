@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from patch_retriever.backbones.load import device_of
 from patch_retriever.items import Item
 from patch_retriever.progress import Progress, no_progress
 
@@ -30,6 +31,6 @@ def item_batches(
 
 def preprocessed(transformer: Transformer, loaded: list[Any]) -> dict[str, Any]:
     """One batch of loaded items as features on the model's device."""
-    device = next(transformer.parameters()).device
+    device = device_of(transformer)
     features = transformer.preprocess(loaded)
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}

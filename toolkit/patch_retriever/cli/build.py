@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option(
-    "--revision", help="Of a hub id: a branch, a tag or a commit. [default: the newest commit]"
-)
+@options.revision
 @click.option(
     "--pairs",
     metavar="FILE|FOLDER|datasets:ID|scenes",
@@ -53,8 +51,24 @@ if TYPE_CHECKING:
 @click.option("--device", help="torch device. [default: cpu]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the model. [default: float32]",
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    help="Of the model; auto is that of its files. [default: float32]",
+)
+@click.option(
+    "--device-map",
+    metavar="auto|JSON",
+    help="In place of --device: auto spreads the model over all devices, the CPU and the disk.",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of a picture, where the model makes more tokens of a larger one.",
+)
+@click.option(
+    "--attention",
+    metavar="NAME",
+    help="sdpa, eager, flash_attention_2, ... [default: transformers' choice]",
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Items per forward pass. [default: 64]")
 @click.option(
@@ -80,6 +94,9 @@ def build(
     seed: int | None,
     device: str | None,
     dtype: str | None,
+    device_map: str | None,
+    max_pixels: int | None,
+    attention: str | None,
     batch_size: int | None,
     skip_bad: bool | None,
     dry_run: bool,
@@ -119,6 +136,9 @@ def build(
         seed=seed,
         device=device,
         dtype=dtype,
+        device_map=_device_map(device_map),
+        max_pixels=max_pixels,
+        attention=attention,
         batch_size=batch_size,
         skip_bad=skip_bad,
     )
@@ -140,6 +160,16 @@ def build(
     card, report = result.folder / "README.md", result.folder / "report" / "report.html"
     loads = f'SentenceTransformer("{result.folder}") loads it'
     click.echo(f"\n{loads}; the card is {card}, the report {report}")
+
+
+def _device_map(said: str | None) -> str | dict[str, Any] | None:
+    """A device map as transformers takes it: a word, or a JSON object of parts and devices."""
+    if said is None or not said.lstrip().startswith("{"):
+        return said
+    try:
+        return dict(json.loads(said))
+    except ValueError:
+        raise click.BadParameter(f"{said!r}: not a JSON object of parts and devices") from None
 
 
 def plan(out: Path, config: BuildConfig) -> dict[str, Any]:

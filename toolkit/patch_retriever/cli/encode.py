@@ -25,10 +25,18 @@ if TYPE_CHECKING:
 )
 @options.role
 @options.skip_bad
+@options.revision
 @options.device
 @options.items_per_pass
 def encode(
-    model: str, items: str, out: Path, role: Role, skip_bad: bool, device: str, batch_size: int
+    model: str,
+    items: str,
+    out: Path,
+    role: Role,
+    skip_bad: bool,
+    revision: str | None,
+    device: str,
+    batch_size: int,
 ) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
@@ -53,7 +61,7 @@ def encode(
     if skip_bad:
         kept, unreadable = readable(corpus.items, narrator.progress)
         chosen, skipped = Lazy(kept, corpus.items.__getitem__), skipped + unreadable
-    encoder = load_encoder(model, device)
+    encoder = load_encoder(model, device, revision)
     shape = encode_file(encoder, chosen, out, role, batch_size, narrator.progress)
     for line in skipped:
         click.echo(f"left out: {line}", err=True)

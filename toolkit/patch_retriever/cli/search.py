@@ -31,6 +31,7 @@ from patch_retriever.cli import options
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a page with thumbnails.",
 )
+@options.revision
 @options.device
 @options.items_per_pass
 @options.as_json
@@ -43,6 +44,7 @@ def search(
     nprobe: int | None,
     ef_search: int | None,
     html: Path | None,
+    revision: str | None,
     device: str,
     batch_size: int,
     as_json: bool,
@@ -70,7 +72,7 @@ def search(
     for item in asked:
         item.check_picture()
     quiet_libraries()
-    encoder = load_encoder(model or maker(index), device)
+    encoder = load_encoder(model or maker(index), device, revision)
     opened = SavedIndex(index, encoder, gpu=device.startswith("cuda"))
     settings = {"nprobe": nprobe, "efSearch": ef_search}
     answers = answer(

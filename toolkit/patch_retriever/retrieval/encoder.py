@@ -28,6 +28,7 @@ from patch_retriever.backbones.load import (
 from patch_retriever.backbones.strict import strict_loading
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import value_hash
+from patch_retriever.hub import commit_of
 from patch_retriever.items import Item
 from patch_retriever.retrieval.fingerprint import modules_fingerprint
 
@@ -207,9 +208,10 @@ class _Take(nn.Module):
         return {"at": self.at, "width": self.width}
 
 
-def load_encoder(name: str, device: str = "cpu") -> Encoder:
+def load_encoder(name: str, device: str = "cpu", revision: str | None = None) -> Encoder:
     """An encoder of any sentence-transformers model: a folder, a hub id, the built-in model, or
     `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
+    `revision` of a hub id is a branch, a tag or a commit; None for the newest.
 
     Raises:
         UserError: there is none of that name, or it does not load whole.
@@ -217,12 +219,15 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
     from sentence_transformers import SentenceTransformer
 
     check_device(device)
+    path = str(built_in_model()) if name == BUILT_IN else name
+    if revision is not None and (name.endswith(BASE) or Path(path).exists()):
+        raise UserError(f"{name}: a folder has no revisions; leave {revision!r} out")
     if name.endswith(BASE):
         return _load_base(name, device)
-    path = str(built_in_model()) if name == BUILT_IN else name
     check_model(path)
+    commit = None if revision is None else commit_of(path, revision)
     with strict_loading(name):
-        model = SentenceTransformer(path, device=device)
+        model = SentenceTransformer(path, device=device, revision=commit)
     return Encoder(model, name)
 
 
