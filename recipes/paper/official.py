@@ -49,8 +49,6 @@ class PaperModel:
     black_for_texts: bool = False
     """Whether an item without a picture gets a black one of 112 x 112 pixels, whose tokens are
     pooled like all others."""
-    whole_prefix: bool = False
-    """Whether every token attends to every other one."""
     side: int | None = None
     """Pictures are first resized to a square of so many pixels (Lanczos)."""
     stripped: bool = False
@@ -71,7 +69,6 @@ MODELS = {
             9,
             (256, 256),
             black_for_texts=True,
-            whole_prefix=True,
         ),
         PaperModel(
             "chameleon",
@@ -166,9 +163,6 @@ def load_official(
     if model.before_norm:
         decoder: Any = transformer.model.get_submodule(decoder_path(transformer.model))
         decoder.norm = nn.Identity()
-    if model.whole_prefix:  # transformers 5 attends causally unless it is told what is prefix
-        tokenizer: Any = transformer.tokenizer
-        tokenizer.model_input_names = sorted({*tokenizer.model_input_names, "token_type_ids"})
     return transformer
 
 

@@ -59,9 +59,8 @@ def _table2(found: dict[str, Results]) -> list[str]:
             mark = _mark(f"table2/{name}/{row}")
             here = measured.get("base") if row == "base" else None
             rows.append([title, label, *_cells(figures, mark), *_cells(here)])
-        for label, here in measured.items():
-            if label != "base":
-                rows.append([title, label, *[""] * 3, *_cells(here)])
+        tried = sorted((label for label in measured if label != "base"), key=_rank)
+        rows += [[title, label, *[""] * 3, *_cells(measured[label])] for label in tried]
         task = found[name].get("mbeir_mscoco_task3", {}).get("recalls", {})
         for label in ("centring", "ReAlign"):
             rows.append([title, f"{label} instead", *[""] * 3, *_cells(task.get(label))])
@@ -73,6 +72,11 @@ def _table2(found: dict[str, Results]) -> list[str]:
         "",
         *_markdown(head, rows),
     ]
+
+
+def _rank(label: str) -> tuple[int, bool]:
+    """Of `removal, rank 4` and `random, rank 4`: these two side by side."""
+    return int(label.rpartition(" ")[2]), label.startswith("random")
 
 
 def _table3(found: dict[str, Results]) -> list[str]:
