@@ -1,0 +1,265 @@
+"""The paper's runs end to end on stand-ins: from folders as on the hub to the tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from paper_data import N, words, write_coco, write_mbeir
+
+from families import missing
+from paper.data import captions_of, read_coco, read_task, task_names
+from paper.experiment import SHOWN_TASKS
+from paper.official import MODELS
+from paper.plan import shape_of
+from paper.run import main
+from paper.tables import PAPER, render
+from patch_retriever.backbones.load import load_backbone
+from patch_retriever.errors import UserError
+from patch_retriever.retrieval.encoder import Encoder
+
+TASKS = ("mbeir_webqa_task2", "mbeir_mscoco_task3", "mbeir_nights_task4", "mbeir_cirr_task7")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    """Of the SAE's training, for which a few thousand tokens are few."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("paper.experiment.SAE_BATCH", 256)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return SimpleNamespace(mbeir=write_mbeir(root / "m-beir"), coco=write_coco(root / "coco"))
+
+
+def run(data, model, weights, out, *more, coco=True):
+    coco_folder = ("--coco", data.coco) if coco else ()
+    words_ = (model, "--weights", weights, "--mbeir", data.mbeir, *coco_folder, "-o", out)
+    given = [str(word) for word in (*words_, "--dtype", "float32", "--batch-size", 4, *more)]
+    return CliRunner().invoke(main, given, catch_exceptions=False)
+
+
+def results(out, model):
+    return {p.stem: json.loads(p.read_text()) for p in (out / model / "results").glob("*.json")}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_runs_from_folders_to_tables(data, stand_in, tmp_path, model):
+    if lacking := missing(model):
+        pytest.skip(f"needs {', '.join(lacking)}")
+    done = run(data, model, stand_in(model), tmp_path, "--sae-steps", 2)
+    assert done.exit_code == 0, done.output
+    found = results(tmp_path, model)
+    assert set(found) == {*TASKS, "removal"}
+    for name in TASKS:
+        rows = found[name]["recalls"]
+        expected = {"base", "centring", "ReAlign", "centring, frozen", "ReAlign, frozen"}
+        if name in SHOWN_TASKS:
+            expected |= {"last", "max", "min", "ZCA", "PCA", "PCA, common axes"}
+        assert set(rows) == expected
+        assert all(0 <= r1 <= r5 <= r10 <= 100 for r1, r5, r10 in rows.values())
+        assert (found[name]["queries"], found[name]["candidates"]) == (N, 3 * N)
+    assert found["removal"]["recalls"]["base"] == found["mbeir_mscoco_task3"]["recalls"]["base"]
+    tables = (tmp_path / "tables.md").read_text()
+    r5 = found["mbeir_cirr_task7"]["recalls"]["ReAlign"][1]
+    (line,) = [
+        line
+        for line in tables.partition(f"### {PAPER['models'][model]}")[2].splitlines()[:25]
+        if "| cirr |" in line
+    ]
+    assert f"| {r5:.2f} |" in line
+    assert f"{PAPER['table3']['mbeir_cirr_task7'][model][1]:.2f}" in line
+
+
+@pytest.fixture(scope="module")
+def llava_run(data, stand_in, tmp_path_factory):
+    """A whole run with LLaVA in the place of Qwen2-VL."""
+    out = tmp_path_factory.mktemp("run")
+    done = run(data, "qwen2-vl", stand_in("llava"), out, "--sae-steps", 2)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_a_stopped_run_goes_on_where_it_stood(data, stand_in, llava_run, tmp_path, monkeypatch):
+    weights, more = stand_in("llava"), ("--sae-steps", 2)
+    encoded, whole = [], Encoder.pooled
+
+    def counting(self, items, *args, **kwargs):
+        encoded.append(len(items))
+        if sum(encoded) > 200:
+            raise KeyboardInterrupt
+        return whole(self, items, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Encoder, "pooled", counting)
+        assert run(data, "qwen2-vl", weights, tmp_path, *more).exit_code == 1
+    first = set(results(tmp_path, "qwen2-vl"))
+    assert first < {*TASKS, "removal"} and first
+    before = sum(encoded) - encoded[-1]
+    encoded.clear()
+    monkeypatch.setattr(
+        Encoder,
+        "pooled",
+        lambda self, items, *a, **k: (encoded.append(len(items)), whole(self, items, *a, **k))[1],
+    )
+    assert run(data, "qwen2-vl", weights, tmp_path, *more).exit_code == 0
+    straight = results(llava_run, "qwen2-vl")
+    assert results(tmp_path, "qwen2-vl") == straight
+    stored = [
+        shard["rows"]
+        for manifest in (llava_run / "qwen2-vl" / "embeddings").glob("*/embeddings.json")
+        for shard in json.loads(manifest.read_text())["shards"]
+    ]
+    assert before + sum(encoded) == sum(stored), "nothing was encoded twice"
+
+
+def test_a_finished_run_does_nothing_again(data, stand_in, llava_run, monkeypatch):
+    def never(*_args, **_kwargs):
+        raise AssertionError("encoded again")
+
+    before = results(llava_run, "qwen2-vl")
+    monkeypatch.setattr(Encoder, "pooled", never)
+    done = run(data, "qwen2-vl", stand_in("llava"), llava_run, "--sae-steps", 2)
+    assert done.exit_code == 0, done.output
+    assert results(llava_run, "qwen2-vl") == before
+
+
+def test_a_trial_has_few_queries_and_their_positives(data, stand_in, tmp_path):
+    more = ("--limit", 3, "--task", "nights", "--task", "mscoco@paper4")
+    done = run(data, "qwen2-vl", stand_in("llava"), tmp_path, *more, coco=False)
+    assert done.exit_code == 0, done.output
+    found = results(tmp_path, "qwen2-vl")
+    assert set(found) == {"mbeir_nights_task4", "mbeir_mscoco_task3"}
+    assert {r["queries"] for r in found.values()} == {3}
+    assert "a trial of 3 queries a task, no result" in (tmp_path / "tables.md").read_text()
+    whole = read_task(data.mbeir, "mbeir_nights_task4")
+    short = read_task(data.mbeir, "mbeir_nights_task4", limit=2)
+    judged = {c for q in short.query_ids for c in short.qrels[q]}
+    assert judged < set(short.candidate_ids) < set(whole.candidate_ids)
+    assert len(short.candidate_ids) == 2 + 20
+    at = {c: i for i, c in enumerate(whole.candidate_ids)}
+    for name, item in zip(short.candidate_ids, short.candidates, strict=True):
+        assert item.content_hash() == whole.candidates[at[name]].content_hash()
+
+
+def test_a_plan_needs_no_weights(data, stand_in, tmp_path):
+    weights = tmp_path / "no-weights"
+    shutil.copytree(stand_in("llava"), weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = shape_of(str(weights))
+    model = load_backbone(str(stand_in("llava"))).model
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.width == 32
+    out = tmp_path / "out"
+    done = run(data, "qwen2-vl", weights, out, "--plan")
+    assert done.exit_code == 0, done.output
+    assert "disk:" in done.output and "memory:" in done.output and "PFLOP" in done.output
+    assert not out.exists()
+
+
+def test_the_disk_that_a_plan_states_is_enough(data, stand_in, llava_run):
+    from paper.experiment import Settings
+    from paper.plan import needs, size_of, sizes_of_coco
+
+    weights = str(stand_in("llava"))
+    settings = Settings(
+        MODELS["qwen2-vl"], weights, llava_run, data.mbeir, data.coco, TASKS, dtype="float32"
+    )
+    sizes = [size_of(read_task(data.mbeir, name), settings.model) for name in TASKS]
+    sizes += sizes_of_coco(settings, 30)
+    needed = needs(settings, shape_of(weights), sizes)
+    vectors = sum(p.stat().st_size for p in (llava_run / "qwen2-vl").rglob("*vectors.npy"))
+    assert vectors <= sum(size.bytes(32) for size in sizes) <= 1.5 * vectors
+    used = sum(p.stat().st_size for p in llava_run.rglob("*.safetensors"))
+    assert vectors + used <= needed.disk
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(
+    data, stand_in, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("paper.run.Experiment", None)
+    done = run(data, "qwen2-vl", stand_in("llava"), tmp_path / "out")
+    assert done.exit_code == 2
+    (line,) = [line for line in done.output.splitlines() if line.startswith("Error")]
+    assert "GiB are needed" in line and "--limit" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--task", "oven_task6"), "no task oven_task6 in it; there are mbeir_webqa_task2, "),
+        (("--task", "mscoco_task4"), "if 4 is the number in the paper's code, say mscoco@paper4"),
+        (("--weights", "/no/such/model"), "/no/such/model: no such folder"),
+    ],
+)
+def test_a_wrong_word_is_one_line(data, stand_in, tmp_path, more, said):
+    done = run(data, "qwen2-vl", stand_in("llava"), tmp_path, *more)
+    assert done.exit_code == 2
+    (line,) = [line for line in done.output.splitlines() if line.startswith("Error")]
+    assert said in line
+
+
+def test_folders_without_data_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no task of M-BEIR in it"):
+        task_names(tmp_path)
+    with pytest.raises(UserError, match=r"no val-\*.parquet"):
+        read_coco(tmp_path, set())
+
+
+def test_coco_rows_that_share_a_caption_with_the_test_are_left_out(data):
+    whole = read_coco(data.coco, set())
+    assert len(whole) == 30
+    assert whole[5].captions == (words(305), f"{words(305)} again")
+    held_out = captions_of(read_task(data.mbeir, "mbeir_mscoco_task3"))
+    assert len(held_out) == 3 * N
+    kept = read_coco(data.coco, held_out)
+    assert [row.captions for row in kept] == [row.captions for row in whole[4:]]
+
+
+def test_a_row_of_coco_without_captions_is_named(data, tmp_path):
+    path = tmp_path / "val-00000-of-00001.parquet"
+    table = pq.read_table(next((data.coco / "data").glob("*.parquet")))
+    answers = [[], *table["answer"].to_pylist()[1:]]
+    at = table.schema.get_field_index("answer")
+    pq.write_table(table.set_column(at, "answer", pa.array(answers, table["answer"].type)), path)
+    with pytest.raises(UserError, match=r"val-00000-of-00001.parquet:0: a picture and captions"):
+        read_coco(tmp_path, set())
+
+
+def test_the_quoted_figures_add_up_and_disagree_only_where_it_is_said():
+    marks = set(PAPER["marks"])
+    for name in PAPER["models"]:
+        for column in (0, 1):
+            mean = sum(row[name][column] for row in PAPER["table3"].values()) / 16
+            assert abs(mean - PAPER["table3_average"][name][column]) < 0.0051
+    disagree = set()
+    for task in SHOWN_TASKS:
+        for name in PAPER["models"]:
+            base, realign = PAPER["table3"][task][name]
+            others = [(PAPER["table8"][task][name]["ReAlign"], realign, "ReAlign")]
+            if name in PAPER["table5"][task]:
+                others.append((PAPER["table5"][task][name]["mean"], base, "base"))
+            if task == "mbeir_mscoco_task3":
+                others.append((PAPER["table2"][name]["base"], base, "base"))
+            for found, expected, row in others:
+                if abs(found[1] - expected) > 0.011:
+                    disagree.add(f"table3/{name}/{task}/{row}")
+    assert disagree == {
+        "table3/qwen2-vl/mbeir_nights_task4/base",
+        "table3/qwen3-vl/mbeir_nights_task4/base",
+        "table3/chameleon/mbeir_mscoco_task3/base",
+        "table3/paligemma2/mbeir_cirr_task7/ReAlign",
+    }
+    assert disagree < marks
+    assert set(PAPER["marks"].values()) == set(PAPER["notes"])
+    rendered = render(None)
+    assert all(rendered.count(f" [{mark}]") >= 1 for mark in PAPER["notes"])
+    assert sum(rendered.count(f"[{mark}] |") for mark in PAPER["notes"]) >= len(marks)
