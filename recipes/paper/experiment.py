@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from paper.data import Captioned, captions_of, read_coco, read_task, sample
+from paper.data import Captioned, captions_of, read_coco, read_task, sample, task_names
 from paper.official import (
     POOLINGS,
     PaperModel,
@@ -88,6 +88,26 @@ class Settings:
         """Everything of this model."""
         return self.out / self.model.name
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What stands beside every result."""
+        return {"weights": self.weights, "dtype": self.dtype, "limit": self.limit}
+
+    def check_results(self) -> None:
+        """Refuse to write over the results of another run.
+
+        Raises:
+            UserError: what lies there was measured otherwise.
+        """
+        for path in sorted((self.folder / "results").glob("*.json")):
+            found = json.loads(path.read_text())
+            for name, value in self.how.items():
+                if found[name] != value:
+                    raise UserError(
+                        f"{path}: measured with {name} {found[name]}, not {value}; name another "
+                        "folder with -o"
+                    )
+
 
 class Experiment:
     """The backbone as the official code reads it, and what is measured with it; `stack` closes its
@@ -116,6 +136,8 @@ class Experiment:
             UserError: bad data, a full disk, or items that the model does not take.
         """
         s = self._settings
+        if s.sae is not None:
+            self._named_sae(s.sae)  # a wrong one is found now
         for name in s.tasks:
             self._say(f"{name}: reading")
             self._task(read_task(s.mbeir, name, s.limit, s.skip_bad))
@@ -206,12 +228,21 @@ class Experiment:
 
         s, folder = self._settings, self._settings.folder / "sae"
         if s.sae is not None:
-            return load_sae(s.sae, K if s.sae.endswith(".pt") else None)
+            return self._named_sae(s.sae)
         if not (folder / "cfg.json").exists():
             trained = self._train(task, folder)
             save_sae(trained.sae, folder, trained.about())
         sae = load_sae(folder)
         sae.k = min(K, sae.n_concepts)
+        return sae
+
+    def _named_sae(self, source: str) -> SparseAutoencoder:
+        from patch_retriever.sae.formats import load_sae
+
+        sae = load_sae(source, K if source.endswith(".pt") else None)
+        width = int(self._transformer.get_embedding_dimension())
+        if sae.d_in != width:
+            raise UserError(f"{source}: an SAE of width {sae.d_in}; the model's is {width}")
         return sae
 
     def _train(self, task: RetrievalTask, folder: Path) -> Any:
@@ -264,7 +295,7 @@ class Experiment:
         if s.coco is None:
             raise UserError("no COCO folder is named (--coco)")
         held_out: set[str] = set()
-        for name in s.tasks:
+        for name in task_names(s.mbeir):  # whichever of them are run
             if name.startswith("mbeir_mscoco"):
                 held_out |= captions_of(read_task(s.mbeir, name, skip_bad=s.skip_bad))
         return read_coco(s.coco, held_out)
@@ -308,9 +339,7 @@ class Experiment:
         return recalls(task, sides[0], sides[1], device if device != "cpu" else None)
 
     def _write(self, path: Path, key: str, values: dict[str, Any]) -> None:
-        s = self._settings
-        how = {"weights": s.weights, "dtype": s.dtype, "limit": s.limit, "key": key}
-        write_json(path, values | how)
+        write_json(path, {**values, **self._settings.how, "key": key})
 
 
 class Pooled:

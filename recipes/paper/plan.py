@@ -72,8 +72,9 @@ class Needs:
     def lines(self, settings: Settings, sizes: Sequence[Size]) -> list[str]:
         """For people."""
         items = sum(sum(size.items_k) for size in sizes if size.stored)
-        where = "memory" if settings.device == "cpu" else f"memory, and on {settings.device}"
-        on_device = "" if settings.device == "cpu" else f" {self.device_memory / GIB:.1f} GiB"
+        memory = f"memory: {self.memory / GIB:.1f} GiB"
+        if settings.device != "cpu":
+            memory += f"; on {settings.device}: {self.device_memory / GIB:.1f} GiB"
         return [
             f"{settings.weights}: {self.shape.parameters / 1e9:.2f} billion parameters, width "
             f"{self.shape.width}, {self.weights / GIB:.1f} GiB in {settings.dtype}",
@@ -84,7 +85,7 @@ class Needs:
             ),
             f"to encode: {items:,} items at most (alike ones once)",
             f"disk: {self.disk / GIB:.1f} GiB in {settings.out}, weights and data aside",
-            f"{where}: {self.memory / GIB:.1f} GiB{' and' * bool(on_device)}{on_device}",
+            memory,
             f"work: {self.operations / 1e15:,.1f} PFLOP; as an estimate "
             f"{self.operations / RATE / 3600:,.1f} hours at {RATE / 1e12:.0f} TFLOP/s",
         ]

@@ -71,6 +71,7 @@ def run(
     settings = Settings(
         paper, weights or paper.weights, tasks=names, dtype=dtype or paper.dtype, **given
     )
+    settings.check_results()
     quiet_libraries()
     sizes = _sizes(settings)
     needed = needs(settings, shape_of(settings.weights, settings.revision), sizes)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from paper_data import N, words, write_coco, write_mbeir
 
@@ -22,6 +24,8 @@ from paper.tables import PAPER, render
 from patch_retriever.backbones.load import load_backbone
 from patch_retriever.errors import UserError
 from patch_retriever.retrieval.encoder import Encoder
+from patch_retriever.sae.formats import save_sae
+from patch_retriever.sae.model import SparseAutoencoder
 
 TASKS = ("mbeir_webqa_task2", "mbeir_mscoco_task3", "mbeir_nights_task4", "mbeir_cirr_task7")
 
@@ -263,3 +267,50 @@ def test_the_quoted_figures_add_up_and_disagree_only_where_it_is_said():
     rendered = render(None)
     assert all(rendered.count(f" [{mark}]") >= 1 for mark in PAPER["notes"])
     assert sum(rendered.count(f"[{mark}] |") for mark in PAPER["notes"]) >= len(marks)
+
+
+def test_the_empty_tables_in_the_folder_are_those_that_are_rendered():
+    folder = Path(__file__).parents[2] / "recipes" / "paper"
+    assert (folder / "TABLES.md").read_text() == render(None)
+
+
+@pytest.mark.parametrize("more", [("--limit", 3), ("--dtype", "bfloat16")])
+def test_results_are_never_written_over_by_another_run(data, stand_in, llava_run, more):
+    before = results(llava_run, "qwen2-vl")
+    done = run(data, "qwen2-vl", stand_in("llava"), llava_run, *more)
+    assert done.exit_code == 2
+    assert f"measured with {more[0][2:]} " in done.output
+    assert results(llava_run, "qwen2-vl") == before
+
+
+def test_an_sae_of_another_width_is_refused_before_anything_is_encoded(
+    data, stand_in, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Encoder, "pooled", None)
+    zero_c, rows_cd = torch.zeros(20), torch.eye(20, 16)
+    save_sae(
+        SparseAutoencoder(rows_cd.T, zero_c, rows_cd, torch.zeros(16), zero_c.clone()), tmp_path
+    )
+    done = run(data, "qwen2-vl", stand_in("llava"), tmp_path / "out", "--sae", tmp_path)
+    assert done.exit_code == 2
+    assert "an SAE of width 16; the model's is 32" in done.output
+
+
+def test_the_authors_sae_takes_the_place_of_training(data, stand_in, tmp_path):
+    c, path = 300, tmp_path / "sae_Qwen2-VL-7B-Instruct.pt"
+    generator = torch.Generator().manual_seed(0)
+    rows_cd = torch.randn(c, 32, generator=generator)
+    state = {
+        "encoder.final_block.0.weight": rows_cd,
+        "encoder.final_block.0.bias": torch.zeros(c),
+        "dictionary._weights": rows_cd,
+        "dictionary.multiplier": torch.tensor(0.0),
+    }
+    torch.save({"model_state": state}, path)
+    out, more = tmp_path / "out", ("--sae", path, "--task", "mscoco_task3")
+    done = run(data, "qwen2-vl", stand_in("llava"), out, *more)
+    assert done.exit_code == 0, done.output
+    removal = results(out, "qwen2-vl")["removal"]
+    assert (removal["concepts"], removal["of"]) == (3, c)
+    assert set(removal["recalls"]) >= {"removal, rank 3", "random, rank 3"}
+    assert not (out / "qwen2-vl" / "sae").exists()
