@@ -63,6 +63,22 @@ def read_task(
     return task if limit is None else trial(task, MORE * limit)
 
 
+def has_support(mbeir: Path, name: str) -> bool:
+    """Whether a task's validation queries are there (in UniIR's release only)."""
+    return mbeir_jsonl.is_root(mbeir) and (mbeir / f"query/val/{name}_val.jsonl").is_file()
+
+
+def read_support(mbeir: Path, name: str, skip_bad: bool = False) -> Sequence[Item]:
+    """A task's validation queries: what a search system may know of its queries beforehand.
+
+    Raises:
+        UserError: a bad row.
+    """
+    options = ReadOptions(split="val", skip_bad=skip_bad)
+    (task,) = read_tasks(f"mbeir:{mbeir}#{name}", options)
+    return task.queries
+
+
 def trial(task: RetrievalTask, more: int) -> RetrievalTask:
     """The task with the positives of its queries and `more` other candidates, evenly spaced."""
     judged = {name for query in task.query_ids for name in task.qrels[query]}

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from paper.data import Captioned, captions_of, read_coco, read_task, sample, task_names
+from paper.data import (
+    Captioned,
+    captions_of,
+    has_support,
+    read_coco,
+    read_support,
+    read_task,
+    sample,
+    task_names,
+)
 from paper.official import (
     POOLINGS,
     PaperModel,
@@ -89,6 +98,11 @@ class Settings:
         return self.out / self.model.name
 
     @property
+    def n_calibration(self) -> int:
+        """As many as that, and in a trial no more than its queries."""
+        return self.calibration if self.limit is None else min(self.calibration, self.limit)
+
+    @property
     def how(self) -> dict[str, Any]:
         """What stands beside every result."""
         return {"weights": self.weights, "dtype": self.dtype, "limit": self.limit}
@@ -147,7 +161,8 @@ class Experiment:
     def _task(self, task: RetrievalTask) -> None:
         """Tables 3, 5 and 8 for one task."""
         path = self._settings.folder / "results" / f"{task.name}.json"
-        key = value_hash([self._key, _judged(task)])
+        supported = has_support(self._settings.mbeir, task.name)
+        key = value_hash([self._key, _judged(task), supported])
         if _finished(path, key):
             self._say(f"{task.name}: done before")
             return
@@ -164,12 +179,21 @@ class Experiment:
             maps["PCA, common axes"] = [both.whiten_pca(s.mean_d) for s in spectra]
         for name, steps in maps.items():
             self._say(f"{task.name}: {name}")
-            rows[name] = self._recalls(task, [_mapped(*s) for s in zip(sides, steps, strict=True)])
+            rows[name] = self._recalls(task, _all_mapped(sides, steps))
         for pooling in poolings[:-1]:
             rows[pooling] = self._recalls(task, [side.of(pooling) for side in sides])
+        if supported:
+            steps = [self._support(task).whiten(), spectra[1].whiten()]
+            rows["ReAlign, support"] = self._recalls(task, _all_mapped(sides, steps))
         rows |= self._frozen(task, sides)
         values = {"queries": len(task.queries), "candidates": len(task.candidates)}
         self._write(path, key, {**values, "recalls": rows})
+
+    def _support(self, task: RetrievalTask) -> Spectrum:
+        """Of queries that are not the test's, as the paper's text has it (and not its code)."""
+        s = self._settings
+        queries = read_support(s.mbeir, task.name, s.skip_bad)[: s.n_calibration]
+        return Spectrum.of(self._embed(queries, task), device=s.device)
 
     def _frozen(self, task: RetrievalTask, sides: Sequence[Pooled]) -> dict[str, list[float]]:
         """Our deployable version: statistics of other data, one set for every kind of item."""
@@ -196,7 +220,7 @@ class Experiment:
         self, task: RetrievalTask, kinds: NDArray[np.int8]
     ) -> tuple[Vectors, NDArray[np.int8]]:
         """Calibration items of some kinds, with the prompts of the task's direction."""
-        pairs = sample(self._captioned, self._n_calibration)
+        pairs = sample(self._captioned, self._settings.n_calibration)
         items = [pair.item(KINDS[kind]) for kind in kinds for pair in pairs]
         return self._embed(items, task), kinds_of(items)
 
@@ -209,7 +233,7 @@ class Experiment:
             self._say("removal: done before")
             return
         sides = [self._embed(side, task) for side in (task.queries, task.candidates)]
-        pairs = sample(self._captioned, self._n_calibration)
+        pairs = sample(self._captioned, self._settings.n_calibration)
         items = [pair.item(kind) for kind in ("image", "text") for pair in pairs]
         pooled_nd = torch.from_numpy(self._embed(items, task).raw())
         sae = self._sae(task)
@@ -217,7 +241,7 @@ class Experiment:
         top_md = top_concepts(sae, pooled_nd)
         rows = {"base": self._recalls(task, sides)}
         for name, steps in removals(top_md).items():
-            found = [self._recalls(task, [_mapped(v, step) for v in sides]) for step in steps]
+            found = [self._recalls(task, _all_mapped(sides, [step, step])) for step in steps]
             rows[name] = np.mean(found, axis=0).tolist()
         values = {"concepts": len(top_md), "of": sae.n_concepts, "pairs": len(pairs)}
         self._write(path, key, {**values, "recalls": rows})
@@ -300,18 +324,13 @@ class Experiment:
                 held_out |= captions_of(read_task(s.mbeir, name, skip_bad=s.skip_bad))
         return read_coco(s.coco, held_out)
 
-    @property
-    def _n_calibration(self) -> int:
-        s = self._settings
-        return s.calibration if s.limit is None else min(s.calibration, s.limit)
-
     @cached_property
     def _key(self) -> str:
         """SHA-256 of what all results depend on, beside their tasks."""
         encoder, _ = self._stores["mean",]
         s = self._settings
-        known = [str(s.coco), self._n_calibration] if s.coco is not None else []
-        return value_hash([FORMAT, encoder.fingerprint, s.model.name, known])
+        coco = None if s.coco is None else str(s.coco.resolve())
+        return value_hash([FORMAT, encoder.fingerprint, s.model.name, coco, s.n_calibration])
 
     def _embed(
         self,
@@ -448,9 +467,12 @@ def removals(top_md: torch.Tensor) -> dict[str, list[Affine]]:
     return found
 
 
-def _mapped(vectors: Vectors, step: Affine) -> Vectors:
-    """An affine map for all kinds alike, and a normalisation."""
-    return MappedVectors(vectors, step, np.zeros(len(vectors), np.int8))
+def _all_mapped(sides: Sequence[Vectors], steps: Sequence[Affine]) -> list[Vectors]:
+    """Each side through its own map, whatever its items hold, and normalised."""
+    return [
+        MappedVectors(vectors, step, np.zeros(len(vectors), np.int8))
+        for vectors, step in zip(sides, steps, strict=True)
+    ]
 
 
 def _judged(task: RetrievalTask) -> list[Any]:

@@ -123,20 +123,20 @@ def shape_of(weights: str, revision: str | None = None) -> Shape:
     return Shape(parameters, int(config.get_text_config().hidden_size))
 
 
-def size_of(task: RetrievalTask, model: PaperModel) -> Size:
-    """Of a task, by its direction."""
+def size_of(task: RetrievalTask, model: PaperModel, support: int = 0) -> Size:
+    """Of a task, by its direction, and of so many more queries."""
     letters = {"t": 0, "i": 1, "it": 2}
     items_k = [0] * len(KINDS)
-    sides = zip(task.direction.split("->"), (task.queries, task.candidates), strict=True)
-    for letter, items in sides:
-        items_k[letters.get(letter, 2)] += len(items)  # of a mixed side all count as both
+    counted = (len(task.queries) + support, len(task.candidates))
+    for letter, n in zip(task.direction.split("->"), counted, strict=True):
+        items_k[letters.get(letter, 2)] += n  # of a mixed side all count as both
     counts = (items_k[0], items_k[1], items_k[2])
     return Size(task.name, counts, model.image_tokens[0], task.name in SHOWN_TASKS)
 
 
 def sizes_of_coco(settings: Settings, rows: int) -> list[Size]:
     """The calibration items under all prompts, and the passes of the SAE's training."""
-    n = min(rows, settings.calibration, settings.limit or rows)
+    n = min(rows, settings.n_calibration)
     picture = settings.model.image_tokens[1]
     found = [Size("COCO, calibration", (n, n, 3 * n), picture)]
     if settings.sae is None and REMOVAL_TASK in settings.tasks:
@@ -156,7 +156,7 @@ def needs(settings: Settings, shape: Shape, sizes: Sequence[Size]) -> Needs:
     dictionary = 4 * 2 * model.expansion * d * d
     disk = sum(size.bytes(d) for size in sizes) + trains * 4 * dictionary
     most = max(sum(size.items_k) for size in sizes)
-    calibration = 3 * min(settings.calibration, settings.limit or settings.calibration)
+    calibration = 3 * settings.n_calibration
     # ids and keys; queries; chunks; a spectrum; calibration in float32 and float64; blocks and SAE
     memory = 300 * most + 8 * d * min(most, 50_000) + GIB + 6 * 8 * d * d + 20 * d * calibration
     memory += trains * (3 * GIB // 2 + dictionary)

@@ -19,7 +19,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from paper.data import read_coco, read_task, task_names
+from paper.data import has_support, read_coco, read_task, task_names
 from paper.experiment import Experiment, Settings
 from paper.official import MODELS
 from paper.plan import Size, needs, shape_of, size_of, sizes_of_coco
@@ -90,7 +90,11 @@ def run(
 def _sizes(settings: Settings) -> list[Size]:
     """Of all data, each task read once, so that a bad row is found before anything is encoded."""
     s = settings
-    found = [size_of(read_task(s.mbeir, t, s.limit, s.skip_bad), s.model) for t in s.tasks]
+    found = []
+    for name in s.tasks:
+        task = read_task(s.mbeir, name, s.limit, s.skip_bad)
+        support = s.n_calibration if has_support(s.mbeir, name) else 0
+        found.append(size_of(task, s.model, support))
     if s.coco is not None:
         found += sizes_of_coco(settings, len(read_coco(s.coco, set())))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,4 +96,41 @@ def write_coco(root: Path, n: int = 30) -> Path:
     for k, part in enumerate((found[: n // 2], found[n // 2 :])):
         path = root / "data" / f"val-{k:05d}-of-00002.parquet"
         pq.write_table(pa.Table.from_pylist(part, schema), path, row_group_size=4)
+    return root
+
+
+def write_uniir(root: Path, validation: Sequence[int]) -> Path:
+    """CIRR in UniIR's release: N test queries, and the numbered ones as validation queries."""
+    name, pictures = "mbeir_cirr_task7", root / "mbeir_images"
+
+    def shown(number: int) -> str:
+        path = pictures / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number)["bytes"])
+        return str(path.relative_to(root))
+
+    def write(path: str, lines: Sequence[str]) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("".join(f"{line}\n" for line in lines))
+
+    for split, numbers in (("test", range(N)), ("val", validation)):
+        asked = [
+            {
+                "qid": f"8:{i}",
+                "query_txt": words(i),
+                "query_img_path": shown(i),
+                "query_modality": "image,text",
+                "pos_cand_list": [f"8:{100 + i % N}"],
+                "task_id": 7,
+            }
+            for i in numbers
+        ]
+        write(f"query/{split}/{name}_{split}.jsonl", list(map(json.dumps, asked)))
+        judged = [f"{q['qid']} 0 {q['pos_cand_list'][0]} 1 7" for q in asked]
+        write(f"qrels/{split}/{name}_{split}_qrels.txt", judged)
+    pool = [
+        {"did": f"8:{i}", "txt": None, "img_path": shown(i), "modality": "image"}
+        for i in range(100, 100 + 3 * N)
+    ]
+    write(f"cand_pool/local/{name}_cand_pool.jsonl", list(map(json.dumps, pool)))
     return root

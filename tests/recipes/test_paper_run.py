@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from paper_data import N, words, write_coco, write_mbeir
+from paper_data import N, words, write_coco, write_mbeir, write_uniir
 
 from families import missing
+from paper import experiment
 from paper.data import captions_of, read_coco, read_task, task_names
 from paper.experiment import SHOWN_TASKS
 from paper.official import MODELS
@@ -152,6 +154,34 @@ def test_a_trial_has_few_queries_and_their_positives(data, stand_in, tmp_path):
     at = {c: i for i, c in enumerate(whole.candidate_ids)}
     for name, item in zip(short.candidate_ids, short.candidates, strict=True):
         assert item.content_hash() == whole.candidates[at[name]].content_hash()
+
+
+def test_validation_queries_are_a_support_set(stand_in, tmp_path, monkeypatch):
+    same = write_uniir(tmp_path / "same", range(N))
+    other = write_uniir(tmp_path / "other", range(50, 50 + N))
+    asked_for = []
+    whole = experiment.recalls
+    monkeypatch.setattr(
+        experiment,
+        "recalls",
+        lambda task, q, c, device: (asked_for.append(q[:]), whole(task, q, c, device))[1],
+    )
+    vectors = {}
+    for name, mbeir in (("same", same), ("other", other)):
+        data, out = SimpleNamespace(mbeir=mbeir), tmp_path / f"out-{name}"
+        asked_for.clear()
+        done = run(data, "qwen2-vl", stand_in("llava"), out, coco=False)
+        assert done.exit_code == 0, done.output
+        rows = list(results(out, "qwen2-vl")["mbeir_cirr_task7"]["recalls"])
+        order = ["base", "centring", "ReAlign", "ZCA", "PCA", "PCA, common axes"]
+        assert [*order, "last", "max", "min", "ReAlign, support"] == sorted(
+            rows, key=[*order, "last", "max", "min", "ReAlign, support"].index
+        )
+        vectors[name] = asked_for[2], asked_for[-1]
+    own_nd, supported_nd = vectors["same"]
+    assert np.array_equal(own_nd, supported_nd), "statistics of the same queries"
+    own_nd, supported_nd = vectors["other"]
+    assert np.abs(own_nd - supported_nd).max() > 0.01
 
 
 def test_a_plan_needs_no_weights(data, stand_in, tmp_path):
