@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paper.experiment import REMOVAL_TASK, SAE_EPOCHS, SHOWN_TASKS, Settings
+from paper.concepts import EPOCHS
 from paper.official import POOLINGS, PaperModel
+from paper.settings import REMOVAL_TASK, SHOWN_TASKS, Settings
 from patch_retriever.backbones.load import pinned
 from patch_retriever.backbones.strict import strict_loading
 from patch_retriever.errors import UserError
@@ -142,9 +143,7 @@ def sizes_of_coco(settings: Settings, rows: int) -> list[Size]:
     if settings.sae is None and REMOVAL_TASK in settings.tasks:
         rows = min(rows, settings.limit or rows)
         items = (CAPTIONS * rows, rows, 0)
-        found.append(
-            Size("COCO, training the SAE", items, picture, passes=SAE_EPOCHS, stored=False)
-        )
+        found.append(Size("COCO, training the SAE", items, picture, passes=EPOCHS, stored=False))
     return found
 
 

@@ -20,9 +20,10 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from paper.data import has_support, read_coco, read_task, task_names
-from paper.experiment import Experiment, Settings
+from paper.experiment import Experiment
 from paper.official import MODELS
 from paper.plan import Size, needs, shape_of, size_of, sizes_of_coco
+from paper.settings import Settings
 from paper.tables import render
 from patch_retriever.cli.progress import Narrator, quiet_libraries
 from patch_retriever.errors import UserError

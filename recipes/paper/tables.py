@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paper.experiment import SHOWN_TASKS
+from paper.settings import SHOWN_TASKS
 from patch_retriever.retrieval.readers.benchmarks.mbeir_tasks import find_task
 
 PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("figures.json").read_text("utf-8"))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from families import missing
-from paper.experiment import on_device, recalls, removals, top_concepts
+from paper.concepts import removals, top_concepts
+from paper.measuring import on_device, recalls
 from paper.official import (
     MODELS,
     POOLINGS,
@@ -236,7 +237,7 @@ def task():
     )
 
 
-@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # the second counts as another device
 def test_recalls_are_hits_of_all_queries(task, device):
     rng = np.random.default_rng(3)
     queries_qd, candidates_nd = unit(rng, 40, 16), unit(rng, 60, 16)
@@ -245,11 +246,11 @@ def test_recalls_are_hits_of_all_queries(task, device):
     for k in (1, 5, 10):
         hits = sum(any(f"c{c}" in task.qrels[str(q)] for c in order_qn[q, :k]) for q in range(40))
         expected.append(100 * hits / 40)  # the one without a positive in the pool counts, too
-    assert recalls(task, queries_qd, candidates_nd, device) == pytest.approx(expected)
+    assert recalls(task, [queries_qd, candidates_nd], device) == pytest.approx(expected)
 
 
 def test_a_search_by_chunks_finds_what_one_product_does(monkeypatch):
-    monkeypatch.setattr("paper.experiment.CHUNK", 7)
+    monkeypatch.setattr("paper.measuring.CHUNK", 7)
     rng = np.random.default_rng(4)
     queries_qd, candidates_nd = unit(rng, 9, 8), unit(rng, 40, 8)
     scores_qk, found_qk = on_device(candidates_nd, "cpu", queries_at_once=4)(queries_qd, 6)
