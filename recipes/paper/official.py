@@ -163,7 +163,16 @@ def load_official(
     if model.before_norm:
         decoder: Any = transformer.model.get_submodule(decoder_path(transformer.model))
         decoder.norm = nn.Identity()
+    transformer.register_forward_pre_hook(_pixels_in_the_models_dtype)
     return transformer
+
+
+def _pixels_in_the_models_dtype(transformer: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As the official code has them; Chameleon does not see to it itself."""
+    features, *rest = given
+    if (pixels := features.get("pixel_values")) is not None:
+        features = {**features, "pixel_values": pixels.to(transformer.model.dtype)}
+    return features, *rest
 
 
 def with_poolings(transformer: Transformer, poolings: Sequence[PoolingName]) -> SentenceTransformer:
