@@ -79,6 +79,11 @@ def build_retriever(
     # a branch may move while a build stands still; its commit is what everything is made of
     config = config.model_copy(update={"revision": pinned(config.model, config.revision)})
     asked: dict[str, Any] = {"max_pixels": config.max_pixels, "attention": config.attention}
+    tried: dict[str, Any] = {
+        "prompt": config.prompt and asdict(config.prompt),
+        "pooling": config.pooling,
+        "max_tokens": config.max_tokens,
+    }
     transformer = load_backbone(
         config.model,
         config.dtype,
@@ -99,7 +104,7 @@ def build_retriever(
             model=model_fingerprint(config.model, config.revision),
             dtype=str(transformer.model.dtype).removeprefix("torch."),
             preset=config.preset,
-            **{option: value for option, value in asked.items() if value is not None},
+            **{option: value for option, value in (asked | tried).items() if value is not None},
         )
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")

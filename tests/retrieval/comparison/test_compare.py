@@ -161,7 +161,7 @@ def stand_ins(monkeypatch, encoded):
         "shifted": lambda item, _: pixels(item) + 3000,
     }
     made = {name: stand_in(name, f, encoded) for name, f in functions.items()}
-    monkeypatch.setattr(compare, "load_encoder", lambda name, _device: made[name])
+    monkeypatch.setattr(compare, "load_encoder", lambda name, *_: made[name])
     return made
 
 

@@ -41,6 +41,10 @@ class Family:
     """Options of the tokenizer that the model needs."""
     pixels: PixelBudget | None = None
     """None: every picture becomes the same number of tokens."""
+    two_way: bool = False
+    """Whether some tokens see later ones; transformers' flash attention makes it causal."""
+    kept: tuple[str, ...] = ()
+    """Parts that a device map cannot offload to the CPU or the disk."""
     quirks: str = ""
 
 
@@ -94,6 +98,7 @@ FAMILIES = (
         layout=_PICTURES + "{{ bos_token }}" + _TEXTS + "{{ '\\n' }}",
         # without them transformers runs it causally; with zeros every token sees every other
         text_options=(("return_token_type_ids", True),),
+        two_way=True,
         quirks="Every token sees every other, as in its training; its own processor takes no text "
         "without a picture, ours does.",
     ),
@@ -103,7 +108,8 @@ FAMILIES = (
         decoder="",
         picture="<racm3:break><image><eoss>",
         layout="{{ @start@ }}" + _PICTURES + _TEXTS + "{{ sep_token }}",
-        quirks="Its layers are on the model itself.",
+        kept=("vqmodel.quantize",),  # reads its weights without running what holds them
+        quirks="Its layers are on the model itself, and its book of codes cannot be offloaded.",
     ),
     Family("LLaVA", ("llava",)),
     Family("LLaVA-NeXT", ("llava_next",), pixels="grids"),
@@ -119,6 +125,7 @@ FAMILIES = (
     Family(
         "Gemma 3",
         ("gemma3",),
+        two_way=True,
         quirks="Tokens of one picture see each other; all else is causal.",
     ),
     Family("InternVL", ("internvl",), pixels="tiles", quirks="Needs torchvision."),

@@ -7,11 +7,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.chat import take_chats
-from patch_retriever.backbones.families import assumed, image_token_id
+from patch_retriever.backbones.families import assumed, family_of, image_token_id
+from patch_retriever.backbones.limits import limit_tokens
 from patch_retriever.backbones.pixels import limit_pixels
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.strict import no_image_part, strict_loading
@@ -90,8 +92,16 @@ def load_backbone(
             path, model_kwargs={**at, **kwargs}, processor_kwargs=at, config_kwargs=at
         )
     _check_takes_images(transformer, name_or_path)
+    if attention is not None:
+        _check_attention(transformer, attention, name_or_path)
+    if device_map is not None:
+        _check_placed(transformer, device_map, name_or_path)
     take_chats(transformer)
-    if (said := assumed(transformer.model)) is not None:
+    try:
+        said = assumed(transformer.model)
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from None
+    if said is not None:
         warnings.warn(f"{name_or_path}: {said}", stacklevel=2)
     if max_pixels is not None:
         limit_pixels(transformer, max_pixels, name_or_path)
@@ -106,13 +116,51 @@ def _check_takes_images(transformer: Transformer, name: str) -> None:
         # some families say it in the processor alone
         if (found := getattr(processor, "image_token_id", None)) is None:
             modalities = ", ".join(map(str, transformer.modalities))
+            what = "no image token in its text" if "image" in modalities else "a text-only model"
             raise UserError(
-                f"{name}: a text-only model (it takes {modalities}); "
+                f"{name}: {what} (it takes {modalities}); "
                 "patch-retriever needs a multimodal LLM that takes images"
             )
         transformer.config.image_token_id = found
     if getattr(processor, "image_processor", None) is None:
         raise no_image_part(name)
+
+
+def _check_attention(transformer: Transformer, attention: str, name: str) -> None:
+    """Refuse flash attention where it drops a part of the family's mask without a word."""
+    family = family_of(transformer.config)
+    if family and family.two_way and "flash" in attention:
+        raise UserError(
+            f"{name}: {family.name} has tokens that see later ones, which {attention} would hide; "
+            "use sdpa"
+        )
+
+
+def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) -> None:
+    """Refuse a device map with a part that the model does not have (transformers takes it), and one
+    that offloads a part which cannot be."""
+    model = transformer.model
+    if isinstance(device_map, dict):
+        known = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
+        if unknown := sorted(set(device_map) - known):
+            parts = ", ".join(part for part, _ in model.named_children())
+            raise UserError(
+                f"{name}: a device map with no part of this model ({unknown[0]}); its parts are "
+                f"{parts}"
+            )
+    placed = getattr(model, "hf_device_map", {})
+    offloaded = {"disk"} if set(placed.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
+    family = family_of(transformer.config)
+    for kept, (part, place) in product(family.kept if family else (), placed.items()):
+        if place in offloaded and (_within(kept, part) or _within(part, kept)):
+            raise UserError(
+                f"{name}: its {kept} cannot be offloaded; name a device for it in a device map of "
+                "your own"
+            )
+
+
+def _within(path: str, part: str) -> bool:
+    return part == "" or f"{path}.".startswith(f"{part}.")
 
 
 def pinned(name_or_path: str, revision: str | None = None) -> str | None:
@@ -196,8 +244,18 @@ def device_of(transformer: Transformer) -> torch.device:
 
 
 def set_readout(transformer: Transformer, readout: Readout) -> None:
-    """Make `transformer` read items as `readout` says (its pooling aside)."""
-    transformer.processor.chat_template = readout.prompt.wrap(transformer.processor.chat_template)
+    """Make `transformer` read items as `readout` says (its pooling aside).
+
+    Raises:
+        UserError: the readout's token limit cannot be kept.
+    """
+    processor: Any = transformer.processor
+    processor.chat_template = readout.prompt.wrap(processor.chat_template)
+    # sentence-transformers keeps the ends of templates, and does not see that this one changed
+    getattr(transformer, "_chat_template_suffix_cache", {}).clear()
+    if readout.max_tokens is not None:
+        room = limit_tokens(transformer, readout.max_tokens)
+        processor.chat_template = readout.prompt.wrap(processor.chat_template, room)
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1
@@ -219,4 +277,5 @@ def with_readout(transformer: Transformer, readout: Readout) -> SentenceTransfor
     return SentenceTransformer(
         modules=[transformer, Pooling(width, readout.pooling), Normalize()],
         device=str(device_of(transformer)),
+        prompts=readout.prompts,
     )

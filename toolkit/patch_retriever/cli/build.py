@@ -38,6 +38,19 @@ if TYPE_CHECKING:
     help="auto tries readouts on validation, paper pins the paper's. [default: auto]",
 )
 @click.option(
+    "--prompt",
+    metavar="plain|paper|one-word|e5v|FILE.yaml",
+    help="The only prompt to try, by name or your own (docs/inputs.md).",
+)
+@click.option(
+    "--pooling", type=click.Choice(["mean", "lasttoken"]), help="The only pooling to try."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Longest input in tokens; texts are cut, pictures never. [default: the model's own]",
+)
+@click.option(
     "--sae",
     metavar="FOLDER|ID",
     help="An SAE to use instead of training one: SAELens, sparsify, dictionary_learning.",
@@ -89,6 +102,9 @@ def build(
     out: Path,
     config_file: Path | None,
     preset: str | None,
+    prompt: str | None,
+    pooling: str | None,
+    max_tokens: int | None,
     sae: str | None,
     codes: str | None,
     seed: int | None,
@@ -114,10 +130,10 @@ def build(
     patch-retriever build org/model --pairs pairs.jsonl --preset paper -o mine
     patch-retriever build --config settings.yaml --seed 1 -o mine
 
-    PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"}; a CSV,
-    TSV or Parquet file with such columns; WebDataset shards ("shards/{0000..0031}.tar");
-    datasets:org/name[/config][:split], from the hub or a folder; or a folder of any of these, or
-    of pictures with .txt files of the same name.
+    PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"} (or a
+    list of either); a CSV, TSV or Parquet file with such columns; WebDataset shards
+    ("shards/{0000..0031}.tar"); datasets:org/name[/config][:split], from the hub or a folder; or a
+    folder of any of these, or of pictures with .txt files of the same name.
     """
     from patch_retriever.config import BuildConfig
     from patch_retriever.runs import check_out
@@ -131,6 +147,9 @@ def build(
         text_column=text_column,
         allow_urls=allow_urls,
         preset=preset,
+        prompt=prompt,
+        pooling=pooling,
+        max_tokens=max_tokens,
         sae_from=sae,
         codes=codes,
         seed=seed,

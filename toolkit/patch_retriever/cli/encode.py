@@ -40,8 +40,9 @@ def encode(
 ) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
-    ITEMS is a folder of pictures, or rows that hold "text", "image" (a path, relative to the file)
-    or both: JSON lines, CSV, Parquet, tar shards, or datasets:org/name[/config][:split].
+    ITEMS is a folder of pictures, or rows that hold "text", "image" (a path, relative to the file,
+    or a list of paths) or both: JSON lines, CSV, Parquet, tar shards, or
+    datasets:org/name[/config][:split].
 
     \b
     patch-retriever encode demo gallery.jsonl -o gallery.npy

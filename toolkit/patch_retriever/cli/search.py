@@ -49,12 +49,14 @@ def search(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Find the items of INDEX that are nearest to every QUERY: a text, a picture's path, or both.
+    """Find the items of INDEX that are nearest to every QUERY: a text, a picture's path, or both;
+    a QUERY may have several pictures.
 
     \b
     patch-retriever search photos-index "a red bag"
     patch-retriever search photos-index photo.jpg --html found.html
     patch-retriever search photos-index "photo.jpg + but in blue" -k 5 --json
+    patch-retriever search photos-index "front.jpg + back.jpg"
     """
     from patch_retriever.cli.progress import quiet_libraries
     from patch_retriever.items import Item

@@ -153,9 +153,13 @@ class Encoder:
     def _encode(
         self, items: Sequence[Item], role: Role, prompt: str | None, batch_size: int
     ) -> Tensor:
+        from jinja2 import TemplateError
+
         encode: Any = self._trunk.encode_query if role == "query" else self._trunk.encode_document
         load = Item.load if self._as_chat else Item.load_plain
         said = {"prompt": p} if (p := self.prompt(role, prompt)) else {}
+        if not self._as_chat and any(item.more_pictures for item in items):
+            raise UserError(f"{self.name}: takes one picture an item, and there are items of more")
         loaded = [load(item) for item in items]
         try:
             return encode(
@@ -165,7 +169,7 @@ class Encoder:
                 convert_to_tensor=True,
                 **said,
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             reason = first_line(error)
             raise UserError(f"{self.name}: cannot encode these items ({reason})") from error
 
