@@ -136,10 +136,10 @@ def read_coco(folder: Path, held_out: set[str]) -> list[Captioned]:
     for row in rows.rows():
         said = [row.text] if isinstance(row.text, str) else row.text or []
         captions = tuple(text.strip() for text in said if isinstance(text, str) and text.strip())
-        if row.picture is None or not captions:
+        if not row.pictures or not captions:
             raise UserError(f"{row.where}: a picture and captions expected (image, answer)")
         if not held_out.intersection(map(_plain, captions)):
-            found.append(Captioned(row.picture, captions))
+            found.append(Captioned(row.pictures[0], captions))
     if len(found) < 2:
         raise UserError(f"{folder}: no captioned picture in it that is not one of the test's")
     return found
