@@ -156,8 +156,9 @@ def needs(settings: Settings, shape: Shape, sizes: Sequence[Size]) -> Needs:
     disk = sum(size.bytes(d) for size in sizes) + trains * 4 * dictionary
     most = max(sum(size.items_k) for size in sizes)
     calibration = 3 * settings.n_calibration
-    # ids and keys; queries; chunks; a spectrum; calibration in float32 and float64; blocks and SAE
-    memory = 300 * most + 8 * d * min(most, 50_000) + GIB + 6 * 8 * d * d + 20 * d * calibration
+    # ids and keys; queries; chunks, their copies and torch; a spectrum; calibration in float32 and
+    # float64; the SAE's blocks
+    memory = 300 * most + 8 * d * min(most, 50_000) + 2 * GIB + 6 * 8 * d * d + 20 * d * calibration
     memory += trains * (3 * GIB // 2 + dictionary)
     training = trains * 4 * dictionary
     device_memory = weights + max(4 * GIB, training)
