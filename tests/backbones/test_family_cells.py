@@ -210,14 +210,14 @@ def test_float32(name, row, items, by_hand, batch, role):
 @by_role
 @by_batch
 def test_bfloat16(name, row, batch, role):
-    """A backbone in bfloat16 and its export do the same, to the bit; the patch is float32 live and
-    bfloat16 in the export. One rounding is off by up to 2^-9, which alone leaves a cosine of
-    1 - 2e-6; a few dozen in a row, made larger where centring takes most of a vector away, left
-    .9997 of the base and .9993 of the patched (live and exported .9998) when this was written.
-    The bars are three times as far from 1, and what the patch does is far below all of them."""
+    """A backbone in bfloat16 and its export do the same, but for a rounding; the patch is float32
+    live and bfloat16 in the export. One rounding is off by up to 2^-9, which alone leaves a cosine
+    of 1 - 2e-6; a few dozen in a row, made larger where centring takes most of a vector away, left
+    .9997 of the base, .9993 of the patched and .9996 between live and exported when this was
+    written. The bars are about three times as far from 1, and what the patch does is far below."""
     full, made, cell = row(name, "float32"), row(name, "bfloat16"), f"{batch} {role}"
-    assert torch.equal(made.live_base[cell], made.exported_base[cell])
-    assert cosine(made.live[cell], made.exported[cell]) > 0.9994
+    assert difference(made.live_base[cell], made.exported_base[cell]) <= 2**-8
+    assert cosine(made.live[cell], made.exported[cell]) > 0.999
     if name == "chameleon" and batch != "text":
         return  # its pictures are codes, of which half precision picks others where two are close
     assert cosine(made.live_base[cell], full.live_base[cell]) > 0.999
