@@ -47,9 +47,17 @@ def test_queries_are_encoded_as_queries(items, tmp_path):
     class Sided:
         dimension = 2
 
-        def embed(self, batch, role, batch_size):
-            assert len(batch) <= batch_size
-            return np.tile(np.float64([role == "query", role == "document"]), (len(batch), 1))
+        def stream(self, items, role, _prompt, batch_size):
+            numbers = list(range(len(list(items))))
+            for start in range(0, len(numbers), batch_size):
+                some = numbers[start : start + batch_size]
+                yield (
+                    some,
+                    np.tile(np.float32([role == "query", role == "document"]), (len(some), 1)),
+                )
+
+        def finish(self, pooled, _role):
+            return pooled.astype(np.float64)
 
     for role, expected in (("query", [1, 0]), ("document", [0, 1])):
         encode_file(Sided(), items, tmp_path / "out.npy", role, 2)
@@ -74,15 +82,16 @@ def test_a_missing_picture_leaves_the_old_file_and_nothing_half_written(model, i
     assert [p.name for p in folder.iterdir()] == ["out.npy"]
 
 
-def test_progress_counts_batches(items, tmp_path, model):
+def test_progress_counts_items(items, tmp_path, model):
     seen = []
 
     def progress(steps, total):
-        seen.append((total, list(steps)))
-        return steps
+        for step in steps:
+            seen.append((step, total))
+            yield step
 
     encode_file(model, items, tmp_path / "out.npy", "document", 2, progress)
-    assert seen == [(3, [0, 2, 4])]
+    assert seen == [(step, 5) for step in range(5)]
 
 
 def test_items_whose_picture_cannot_be_opened_are_named(items, tmp_path):

@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 @options.skip_bad
 @options.device
 @options.items_per_pass
+@options.workers
 def encode(
-    model: str, items: str, out: Path, role: Role, skip_bad: bool, device: str, batch_size: int
+    model: str,
+    items: str,
+    out: Path,
+    role: Role,
+    skip_bad: bool,
+    device: str,
+    batch_size: int,
+    workers: int,
 ) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
@@ -51,9 +59,9 @@ def encode(
     corpus = read_corpus(items, skip_bad)
     chosen, skipped = corpus.items, list(corpus.skipped)
     if skip_bad:
-        kept, unreadable = readable(corpus.items, narrator.progress)
+        kept, unreadable = readable(corpus.items, narrator.progress, workers)
         chosen, skipped = Lazy(kept, corpus.items.__getitem__), skipped + unreadable
-    encoder = load_encoder(model, device)
+    encoder = load_encoder(model, device, workers=workers)
     shape = encode_file(encoder, chosen, out, role, batch_size, narrator.progress)
     for line in skipped:
         click.echo(f"left out: {line}", err=True)

@@ -132,6 +132,7 @@ def _reading(command: Callable[..., None]) -> Callable[..., None]:
 )
 @options.device
 @options.items_per_pass
+@options.workers
 @options.as_json
 def evaluate(
     models: tuple[str, ...],
@@ -150,6 +151,7 @@ def evaluate(
     cache: Path | None,
     device: str,
     batch_size: int,
+    workers: int,
     as_json: bool,
     **reading: Any,
 ) -> None:
@@ -201,6 +203,7 @@ def evaluate(
             batch_size,
             narrator.say,
             narrator.progress,
+            workers=workers,
         )
     figures = to_json(found)
     if out is not None:

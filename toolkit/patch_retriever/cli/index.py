@@ -42,6 +42,7 @@ from patch_retriever.cli import options
 )
 @options.device
 @options.items_per_pass
+@options.workers
 def index(
     source: Path,
     model: str | None,
@@ -54,6 +55,7 @@ def index(
     drop_embeddings: bool,
     device: str,
     batch_size: int,
+    workers: int,
 ) -> None:
     """Encode a folder of pictures, or a file of items, and index them for `search`.
 
@@ -78,7 +80,7 @@ def index(
     quiet_libraries()
     narrator = Narrator()
     corpus = read_corpus(source, skip_bad=skip_bad)
-    encoder = load_encoder(model, device)
+    encoder = load_encoder(model, device, workers=workers)
     if add:
         done = add_corpus(
             corpus, encoder, out, skip_bad, batch_size, narrator.progress, narrator.say

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from patch_retriever.ahead import WORKERS
 from patch_retriever.patch.artefact import CONFIG
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.retrieval.comparison.baselines import Baseline, baselines
@@ -41,6 +42,8 @@ def compare_models(
     batch_size: int = 64,
     say: Say = silent,
     progress: Progress = no_progress,
+    *,
+    workers: int = WORKERS,
 ) -> Comparison:
     """Every model on every task; the first is the base.
 
@@ -63,7 +66,7 @@ def compare_models(
     judged: dict[str, RetrievalTask] = {}
     for name in names:
         say(f"{name}: encoding and searching")
-        encoder = load_encoder(name, device)
+        encoder = load_encoder(name, device, workers=workers)
         if settings.index:
             for task in tasks.values():
                 check_factory(settings.index, len(task.candidate_ids), encoder.dimension)
