@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from patch_retriever.backbones.load import load_backbone, with_readout
+from patch_retriever.backbones.readout import PAPER, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
@@ -102,3 +109,50 @@ def test_items_whose_picture_cannot_be_opened_are_named(items, tmp_path):
     cut, none = skipped
     assert cut.startswith(f"{tmp_path / 'cut.png'}: not a readable image")
     assert none.startswith(f"{tmp_path / 'none.png'}: no such image file")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from patch_retriever.retrieval.encode import encode_file
+from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.readers.items import read_corpus
+
+def own():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 2**10
+
+folder, model = map(Path, sys.argv[1:3])
+encoder = load_encoder(str(model), workers=2)
+items = read_corpus(folder).items
+largest = 0
+
+def progress(steps, total):
+    global largest
+    for step in steps:
+        largest = max(largest, own())
+        yield step
+
+encode_file(encoder, items[:80], folder / "out.npy", "document", 4, progress)
+few, largest = largest, 0
+encode_file(encoder, items, folder / "out.npy", "document", 4, progress)
+print(few, largest)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(random_model, tmp_path):
+    """Ten times the pictures, 1.3 GB of them decoded, in the memory of a few batches."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    Image.fromarray(noise).resize((750, 750)).save(tmp_path / "0.jpg")
+    for i in range(1, 800):
+        os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
+    model = tmp_path / "model"
+    with_readout(load_backbone(str(random_model)), Readout(PAPER)).save(str(model))
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), str(model)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    few, many = map(float, done.stdout.split()[-2:])
+    assert many < few + 50
