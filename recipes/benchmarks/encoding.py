@@ -22,18 +22,17 @@ From files to a file:
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
+from encoding_worker import make, serve
 from reporting import Report, machine, table
 
 WAYS = ("base", "export", "live", "official", "plain loop", "ours")
@@ -107,11 +106,8 @@ def main(
     figures: dict[str, Any] = {"settings": {**settings, "workers": workers}, **machine(threads)}
     with tempfile.TemporaryDirectory(prefix="encoding-", dir=folder) as name:
         report.progress("writing the model and the items")
-        about = {"root": name, "threads": threads, "dtype": dtype}
-        figures |= run("make", {**about, "size": asdict(size)})
-        found = take_turns(
-            {**about, "batch_size": size.batch_size, "workers": workers}, rounds, report
-        )
+        figures["parameters"] = begin(make, Path(name), asdict(size), dtype).recv()
+        found = take_turns((Path(name), threads, size.batch_size, workers), rounds, report)
     n = size.texts + size.pictures + size.both
     for way in found.values():
         way["items_per_second"] = n / statistics.median(way["seconds"])
@@ -149,62 +145,43 @@ def ratio(ours: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, other, strict=True))
 
 
-def command(step: str, about: dict[str, Any]) -> list[str]:
-    """Of a process of its own for a step."""
-    worker = Path(__file__).with_name("encoding_worker.py")
-    return [sys.executable, str(worker), step, json.dumps(about)]
+def begin(step: Callable[..., None], *arguments: Any) -> Connection:
+    """Run a step in a process of its own, which talks through the connection."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sentence_transformers"])  # imported once for all
+    here, there = context.Pipe()
+    context.Process(target=step, args=(there, *arguments), daemon=True).start()
+    there.close()  # so that a process that ends is noticed
+    return here
 
 
-def run(step: str, about: dict[str, Any]) -> dict[str, Any]:
-    """Figures of a step that runs once."""
-    done = subprocess.run(command(step, about), check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def take_turns(about: dict[str, Any], rounds: int, report: Report) -> dict[str, dict[str, Any]]:
+def take_turns(arguments: Sequence[Any], rounds: int, report: Report) -> dict[str, dict[str, Any]]:
     """Every way's seconds in each round and its figures; one is at work at a time."""
-    with ExitStack() as stack:
-        running: dict[str, subprocess.Popen[str]] = {}
-        for way in WAYS:
-            running[way] = stack.enter_context(
-                subprocess.Popen(
-                    command(way, about), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-                )
-            )
-        for way in WAYS:
-            ask(running[way], None)
-        for way in WAYS:
-            report.progress(f"warming up: {way}")
-            ask(running[way], "warm")
-        turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for number in range(rounds):
-            for i in range(len(WAYS)):
-                way = WAYS[(i + number) % len(WAYS)]
-                turns[way].append(ask(running[way], "round"))
-                report.progress(f"round {number + 1}, {way}: {turns[way][-1]['seconds']:.1f} s")
-        return {
-            way: {
-                **{key: [turn[key] for turn in turns[way]] for key in ("seconds", "cpu_seconds")},
-                **ask(running[way], "end"),
-            }
-            for way in WAYS
+    running = {}
+    for way in WAYS:
+        report.progress(f"loading and warming up: {way}")
+        running[way] = begin(serve, way, *arguments)
+        ask(running[way], "warm")
+    turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for number in range(rounds):
+        for i in range(len(WAYS)):
+            way = WAYS[(i + number) % len(WAYS)]
+            turns[way].append(ask(running[way], "round"))
+            report.progress(f"round {number + 1}, {way}: {turns[way][-1]['seconds']:.1f} s")
+    return {
+        way: {
+            **{key: [turn[key] for turn in turns[way]] for key in ("seconds", "cpu_seconds")},
+            **ask(running[way], "end"),
         }
+        for way in WAYS
+    }
 
 
-def ask(process: subprocess.Popen[str], request: str | None) -> dict[str, Any]:
-    """A process's answer to a request, or to nothing: that it is ready."""
-    stdin: IO[str] | None = process.stdin
-    if stdin is None or process.stdout is None:
-        raise RuntimeError("a process without pipes")
-    if request is not None:
-        stdin.write(request + "\n")
-        stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-    raise click.ClickException(f"a process ended with {process.wait()}; see above")
+def ask(process: Connection, request: str) -> dict[str, Any]:
+    """A process's answer to a request."""
+    process.send(request)
+    answer: dict[str, Any] = process.recv()
+    return answer
 
 
 if __name__ == "__main__":

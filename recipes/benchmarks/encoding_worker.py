@@ -1,13 +1,13 @@
-"""A process of `encoding.py`: it writes the model, or encodes in one of the ways."""
+"""What the processes of `encoding.py` do: write the model, or encode in one of the ways."""
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from patch_retriever.pictures.picture import PictureFile
 ITEMS, MODEL, BASE, EXPORT = "items.jsonl", "model", "base", "export"
 
 
-def make(root: Path, size: dict[str, int], dtype: str) -> dict[str, Any]:
-    """Write the model, the base and the export as sentence-transformers folders, and the items."""
+def make(told: Connection, root: Path, size: dict[str, int], dtype: str) -> None:
+    """Write the model, the base and the export as sentence-transformers folders, and the items;
+    tell how many weights the model has."""
     write_items(root, size)
     torch.manual_seed(0)
     parameters = write_model(root / MODEL, size, dtype)
     write_folders(root, size["concepts"], dtype)
-    return {"parameters": parameters}
+    told.send(parameters)
 
 
 def write_items(root: Path, size: dict[str, int]) -> None:
@@ -242,51 +243,30 @@ def timed(thing: Any, name: str, part: str, parts: Parts) -> None:
     setattr(thing, name, call)
 
 
-def serve(way: str, root: Path, batch_size: int, workers: int) -> None:
-    """Answer requests on standard input: `warm`, `round`, `end`."""
+def serve(
+    asked: Connection, way: str, root: Path, threads: int, batch_size: int, workers: int
+) -> None:
+    """Encode in one way whenever asked: `warm`, `round`, `end`."""
+    torch.set_num_threads(threads)
     parts: Parts = defaultdict(float)
     encode = {
         "official": lambda: official(root, parts),
         "plain loop": lambda: plain_loop(root, batch_size, parts),
         "ours": lambda: ours(root, batch_size, workers, parts),
     }.get(way, lambda: in_memory(way, root, batch_size, parts))()
-    answer({"ready": way})
     rounds = 0
     with Peak() as peak:
-        for request in sys.stdin:
-            if request.strip() == "end":
-                break
+        while (request := asked.recv()) != "end":
             began, busy = time.perf_counter(), time.process_time()
             rows_nd = encode()
             seconds, busy = time.perf_counter() - began, time.process_time() - busy
-            if request.strip() == "warm":
-                parts.clear()
-                if way == "base":
-                    np.save(root / "base.npy", rows_nd)
-            else:
+            asked.send({"seconds": seconds, "cpu_seconds": busy})
+            if request == "round":
                 rounds += 1
-            answer({"seconds": seconds, "cpu_seconds": busy})
-    figures = {"peak_mib": peak.mib, "parts": {k: v / rounds for k, v in parts.items()}}
-    figures["apart"] = float(np.abs(rows_nd - np.load(root / "base.npy")).max())
-    answer(figures)
-
-
-def answer(values: dict[str, Any]) -> None:
-    """One line of JSON to who asked."""
-    sys.stdout.write(json.dumps(values) + "\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    """STEP and its arguments as JSON."""
-    step, about = sys.argv[1], json.loads(sys.argv[2])
-    root = Path(about["root"])
-    torch.set_num_threads(about["threads"])
-    if step == "make":
-        answer(make(root, about["size"], about["dtype"]))
-    else:
-        serve(step, root, about["batch_size"], about["workers"])
-
-
-if __name__ == "__main__":
-    main()
+                continue
+            parts.clear()
+            if way == "base":
+                np.save(root / "base.npy", rows_nd)
+    apart = float(np.abs(rows_nd - np.load(root / "base.npy")).max())
+    seconds_of = {part: seconds / rounds for part, seconds in parts.items()}
+    asked.send({"peak_mib": peak.mib, "parts": seconds_of, "apart": apart})
