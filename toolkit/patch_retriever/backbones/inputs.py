@@ -39,7 +39,7 @@ def item_batches(
         UserError: a picture cannot be read; the batches before it come first.
     """
     device = next(transformer.parameters()).device
-    batches = Preparer(transformer, workers).batches(read_ahead(items, batch_size), batch_size)
+    batches = Preparer(transformer, workers).batches(items, batch_size)
     for numbers, features in progress(batches, -(-len(items) // batch_size)):
         yield numbers, on_device(features, device)
 
@@ -94,8 +94,10 @@ class Preparer:
         """(positions in `items`, features on the CPU) of batches, the longest items of every
         window first; as many batches are ahead as there are workers.
 
+        A sequence is read ahead; what an iterator gives has its pictures in memory already.
         `settings` go to the module's `preprocess`.
         """
+        drawn = read_ahead(items, batch_size) if isinstance(items, Sequence) else iter(items)
 
         def prepare(batch: tuple[list[int], list[Item]]) -> tuple[list[int], dict[str, Any]]:
             numbers, some = batch
@@ -106,7 +108,7 @@ class Preparer:
             finally:
                 self._free.put(module)
 
-        return made_ahead(prepare, self._planned(iter(items), batch_size), self._workers)
+        return made_ahead(prepare, self._planned(drawn, batch_size), self._workers)
 
     def _planned(
         self, items: Iterator[Item], batch_size: int

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from patch_retriever.ahead import WORKERS, made_ahead
-from patch_retriever.backbones.inputs import item_in_memory, read_ahead
+from patch_retriever.backbones.inputs import item_in_memory
 from patch_retriever.errors import UserError
 from patch_retriever.files import write
 from patch_retriever.items import Item
@@ -90,11 +89,10 @@ def write_vectors(
 ) -> None:
     """Append the vectors (n, d) of `items` in float32, each in its place; a batch is in memory."""
     begin, ticks = file.tell(), Ticks(progress, len(items))
-    with closing(read_ahead(items, batch_size)) as read:
-        for positions, pooled_nw in encoder.stream(read, role, prompt, batch_size):
-            rows_nd = encoder.finish(pooled_nw, role).astype("<f4", copy=False)
-            for position, row_d in zip(positions, rows_nd, strict=True):
-                file.seek(begin + position * row_d.nbytes)
-                file.write(row_d.tobytes())
-            ticks.tick(len(positions))
+    for positions, pooled_nw in encoder.stream(items, role, prompt, batch_size):
+        rows_nd = encoder.finish(pooled_nw, role).astype("<f4", copy=False)
+        for position, row_d in zip(positions, rows_nd, strict=True):
+            file.seek(begin + position * row_d.nbytes)
+            file.write(row_d.tobytes())
+        ticks.tick(len(positions))
     ticks.end()

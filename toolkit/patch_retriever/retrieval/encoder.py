@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patch_retriever.ahead import WORKERS
-from patch_retriever.backbones.inputs import Preparer, on_device, read_ahead
+from patch_retriever.backbones.inputs import Preparer, on_device
 from patch_retriever.backbones.load import (
     BUILT_IN,
     built_in_model,
@@ -140,7 +140,8 @@ class Encoder:
         self, items: Iterable[Item], role: Role, prompt: str | None = None, batch_size: int = 64
     ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """The trunk's output (n, w) a batch at a time, with the positions of its n items: every
-        item once, those of similar length together. Pictures are prepared ahead by threads.
+        item once, those of similar length together. Pictures are prepared ahead by threads; a
+        sequence of items is read by one of them, an iterator's have their pictures in memory.
 
         Raises:
             UserError: a picture cannot be read, or the model does not take such items.
@@ -173,8 +174,7 @@ class Encoder:
             UserError: as `stream`.
         """
         found: NDArray[np.float32] | None = None
-        read = read_ahead(items, batch_size)
-        for numbers, rows_nw in self.stream(read, role, prompt, batch_size):
+        for numbers, rows_nw in self.stream(items, role, prompt, batch_size):
             if found is None:
                 found = np.empty((len(items), rows_nw.shape[1]), np.float32)
             found[numbers] = rows_nw
