@@ -57,7 +57,7 @@ class Size:
     pictures: int = 16
     both: int = 16
     longest_side: int = 2400
-    batch_size: int = 16
+    batch_size: int = 8
     concepts: int = 64
 
 
@@ -75,7 +75,6 @@ QUICK = Size(
     pictures=8,
     both=8,
     longest_side=800,
-    batch_size=8,
     concepts=16,
 )
 

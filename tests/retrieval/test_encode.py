@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from commands import error_line, invoke
 from patch_retriever.backbones.load import load_backbone, with_readout
 from patch_retriever.backbones.readout import PAPER, Readout
 from patch_retriever.errors import UserError
@@ -133,7 +134,7 @@ def progress(steps, total):
         largest = max(largest, own())
         yield step
 
-encode_file(encoder, items[:80], folder / "out.npy", "document", 4, progress)
+encode_file(encoder, items[:30], folder / "out.npy", "document", 4, progress)
 few, largest = largest, 0
 encode_file(encoder, items, folder / "out.npy", "document", 4, progress)
 print(few, largest)
@@ -141,10 +142,10 @@ print(few, largest)
 
 
 def test_memory_does_not_grow_with_the_corpus(random_model, tmp_path):
-    """Ten times the pictures, 1.3 GB of them decoded, in the memory of a few batches."""
+    """Ten times the pictures, half a gigabyte of them decoded, in the memory of a few batches."""
     noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
     Image.fromarray(noise).resize((750, 750)).save(tmp_path / "0.jpg")
-    for i in range(1, 800):
+    for i in range(1, 300):
         os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
     model = tmp_path / "model"
     with_readout(load_backbone(str(random_model)), Readout(PAPER)).save(str(model))
@@ -156,3 +157,18 @@ def test_memory_does_not_grow_with_the_corpus(random_model, tmp_path):
     )
     few, many = map(float, done.stdout.split()[-2:])
     assert many < few + 50
+
+
+def test_the_command_gives_the_same_with_any_number_of_workers(finished_build, photo_folder):
+    found = []
+    for workers in (1, 3):
+        out = photo_folder / f"{workers}.npy"
+        rows = photo_folder / "pairs.jsonl"
+        done = invoke("encode", finished_build, rows, "-o", out, "--workers", workers)
+        assert done.exit_code == 0, done.stderr
+        assert "60 embeddings" in done.stdout
+        found.append(np.load(out))
+    np.testing.assert_array_equal(*found)
+    assert "--workers" in error_line(
+        invoke("encode", finished_build, rows, "-o", out, "--workers", 0)
+    )
