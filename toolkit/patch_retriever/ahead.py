@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -25,6 +27,8 @@ def made_ahead(
     whether a thread raised it or the inputs did. Closing this waits for what is being made, so
     that nothing of it runs beside what comes next.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     waiting: deque[Future[T]] = deque()
     drawn = iter(inputs)
     error: Exception | None = None
