@@ -68,6 +68,29 @@ def test_splits_are_the_same_whatever_holds_the_pairs(photo_folder, tmp_path_fac
     assert sum(map(len, expected)) == 3 * 60
 
 
+def test_pairs_of_several_pictures_come_back_whole(photo_folder, tmp_path_factory):
+    path = photo_folder / "pairs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["image"] = [row["image"], f"{(n + 1) % 60}.png", f"{n}.png"][: 1 + n % 3]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path_factory.mktemp("out")
+    prepare_pairs(BuildConfig(pairs=str(path)), out, no_progress)
+    splits = pairs_data(out, built_in_model=False).splits
+    found = {}
+    for split in SPLITS:
+        for item in splits[split].items:
+            if item.kind == "both":
+                found[item.text] = [picture.path.name for picture in item.pictures]
+            assert item.kind == "text" or item.pictures
+    expected = {row["text"]: row["image"] for row in rows}
+    assert found == expected
+    shown = [
+        [p.path.name for p in i.pictures] for s in SPLITS for i in splits[s].items if not i.text
+    ]
+    assert sorted(shown) == sorted(expected.values())
+
+
 @pytest.mark.parametrize("layout", [as_they_are, as_parquet, as_tar, as_dataset])
 def test_pictures_are_found_from_another_folder(
     photo_folder, tmp_path_factory, monkeypatch, layout

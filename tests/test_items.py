@@ -7,6 +7,7 @@ from PIL import Image
 from sentence_transformers.base.modality import infer_modality
 
 from patch_retriever.errors import UserError
+from patch_retriever.files import value_hash
 from patch_retriever.items import KINDS, Item
 from patch_retriever.pictures.picture import PictureFile
 
@@ -78,6 +79,62 @@ def test_a_picture_is_opened_only_when_it_is_loaded(tmp_path):
         item.load()
 
 
+# several pictures
+
+
+@pytest.fixture
+def three(tmp_path) -> tuple[PictureFile, ...]:
+    paths = [tmp_path / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for path in paths:
+        Image.new("RGB", (8, 6), path.stem).save(path)
+    return tuple(map(PictureFile, paths))
+
+
+def test_several_pictures_come_in_order_before_the_text(three):
+    first, *more = three
+    item = Item("which is green?", first, tuple(more))
+    assert item == Item.of("which is green?", three)
+    assert (item.kind, item.pictures) == ("both", three)
+    *images, last = item.load()[0]["content"]
+    assert [part["image"].tobytes() for part in images] == [p.open().tobytes() for p in three]
+    assert last == {"type": "text", "text": "which is green?"}
+    plain = item.load_plain()
+    assert [p.getpixel((0, 0)) for p in plain["image"]] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    assert plain["text"] == "which is green?"
+
+
+def test_several_pictures_without_a_text(three):
+    item = Item.of(None, three)
+    assert item.kind == "image"
+    assert [part["type"] for part in item.load()[0]["content"]] == 3 * ["image"]
+    assert len(item.load_plain()["image"]) == 3
+
+
+def test_one_picture_or_none_is_the_item_it_always_was(picture):
+    assert Item.of("a", [picture]) == Item("a", picture)
+    assert Item.of("a", []) == Item("a")
+    assert Item("a").pictures == ()
+
+
+def test_more_pictures_need_a_first(picture):
+    with pytest.raises(ValueError, match="needs a first"):
+        Item("a", None, (picture,))
+
+
+def test_the_content_hash_knows_every_picture_and_their_order(three):
+    a, b, c = three
+    items = [Item("x", a), Item("x", a, (b,)), Item("x", b, (a,)), Item("x", a, (b, c))]
+    assert len({item.content_hash() for item in items}) == len(items)
+    one = value_hash(["x", a.content_hash()])
+    assert items[0].content_hash() == one  # as stores have it from before there were several
+
+
+def test_every_picture_is_checked(three, tmp_path):
+    item = Item(None, three[0], (PictureFile(tmp_path / "gone.png"),))
+    with pytest.raises(UserError, match=r"gone\.png"):
+        item.check_picture()
+
+
 # items as words of a command
 
 
@@ -117,6 +174,23 @@ def test_a_picture_that_is_missing_is_still_a_picture(tmp_path):
         assert item.picture.path == tmp_path / "gone.JPG"
         with pytest.raises(UserError, match="no such image file"):
             item.load()
+
+
+def test_several_pictures_are_named_one_after_the_other(photo):
+    other = photo.with_name("b.png")
+    Image.new("RGB", (8, 8)).save(other)
+    pictures = (PictureFile(other), PictureFile(photo))
+    assert Item.parse(f"{other} + {photo}") == Item.of(None, pictures)
+    assert Item.parse(f"{other}+{photo}  + in blue") == Item.of("in blue", pictures)
+    gone = photo.with_name("gone.jpg")
+    assert Item.parse(f"{other} + {gone} + x") == Item.of(
+        "x", (PictureFile(other), PictureFile(gone))
+    )
+
+
+@pytest.mark.parametrize("text", ["as in this.png", "make it like logo.png + a frame"])
+def test_a_text_after_a_picture_may_end_like_a_pictures_name(photo, text):
+    assert Item.parse(f"{photo} + {text}") == Item(text, PictureFile(photo))
 
 
 @pytest.mark.parametrize("said", ["a cat + a dog", "x" * 5000, "a\0b", "a red star.", " + "])

@@ -16,27 +16,17 @@ from patch_retriever.backbones.load import load_backbone, set_readout, with_read
 from patch_retriever.backbones.readout import (
     LAST,
     ONE_WORD,
-    PAPER,
     PAPER_READOUT,
     PLAIN,
-    Prompt,
     Readout,
 )
-from patch_retriever.backbones.roles import ROLES, TokenRoles, image_grids
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.probe import Probe
 
-REFUSED = {
-    name: "its processor has no chat template, which the readout's prompt is written into; "
-    "save the processor with one (processor.chat_template = ...)"
-    for name in ("paligemma2", "chameleon")
-}
-LOADED = [name for name in FAMILIES if name not in REFUSED]
 READOUTS = (PAPER_READOUT, Readout(ONE_WORD, pooling="lasttoken"))
 LAYERS = ("layers.0", "layers.1", "layers.2")
 by_readout = pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: readout.prompt.name)
-by_prompt = pytest.mark.parametrize("prompt", (PLAIN, PAPER, ONE_WORD), ids=lambda p: p.name)
 
 
 class Striped:
@@ -68,7 +58,7 @@ def loaded(stand_in, name):
     return load_backbone(str(stand_in(name)))
 
 
-@pytest.fixture(scope="module", params=LOADED)
+@pytest.fixture(scope="module", params=FAMILIES)
 def name(request):
     return request.param
 
@@ -181,73 +171,6 @@ def test_the_site_before_the_mlp_is_the_residual_stream_after_attention(transfor
         found, entry = found[text_nt], entry[text_nt]
         expected["branch"] = expected["branch"][text_nt]
     assert torch.allclose(found, entry + expected["branch"], atol=1e-6)
-
-
-TURN_OF_ANSWER = {"llava": "ASSISTANT:"}
-"""Opened without a special token before it, so that nothing tells it from an instruction."""
-
-
-@by_prompt
-@by_kind
-def test_roles_are_those_of_the_decoded_ids(name, transformer, prompt, kind):
-    set_readout(transformer, Readout(prompt))
-    items = KINDS[kind]
-    features = preprocessed(transformer, items)
-    roles_nt = TokenRoles(transformer)(features)
-    mask_nt = features["attention_mask"].bool()
-    image = image_token_id(transformer.config)
-    assert torch.equal(roles_nt == ROLES.index("image"), features["input_ids"] == image)
-    assert bool((roles_nt[~mask_nt] == ROLES.index("special")).all())
-    for item, ids_t, roles_t in zip(items, features["input_ids"], roles_nt, strict=True):
-
-        def words(role, ids_t=ids_t, roles_t=roles_t):
-            return transformer.tokenizer.decode(ids_t[roles_t == ROLES.index(role)]).strip()
-
-        assert words("text") == (item.text or "")
-        asked = getattr(prompt, item.kind).strip()
-        if prompt.generation_prompt and name in TURN_OF_ANSWER:
-            asked += f" {TURN_OF_ANSWER[name]}"
-        assert words("instruction") == asked
-        has_image = bool((roles_t == ROLES.index("image")).any())
-        assert has_image == (item.picture is not None)
-
-
-def test_the_template_and_the_prompt_keep_their_roles_whatever_the_text_says(transformer):
-    asking = Prompt("asking", text=" what is it?", both=" is this it?")
-    set_readout(transformer, Readout(asking))
-    item = Item("a cat what is it?")
-    features = preprocessed(transformer, [item])
-    roles_t = TokenRoles(transformer)(features)[0]
-    text = transformer.tokenizer.decode(features["input_ids"][0][roles_t == ROLES.index("text")])
-    assert text.strip() == item.text
-
-
-GRIDS = {
-    "llava": (3, 3),
-    "gemma3": (2, 2),
-    "idefics3": None,
-    "smolvlm": None,
-    "llava-onevision": None,
-    "internvl": None,
-    "qwen2-vl": (4, 1),
-    "qwen2.5-vl": (4, 1),
-    "qwen3-vl": (4, 1),
-}
-"""Rows and columns of the tall picture's tokens; None where they are not one grid."""
-
-
-def test_grids_of_image_tokens(name, transformer):
-    set_readout(transformer, Readout(PLAIN))
-    features = preprocessed(transformer, [Item(picture=TALL), Item("a cat")])
-    n = int((features["input_ids"][0] == image_token_id(transformer.config)).sum())
-    assert image_grids(transformer.config, features) == [GRIDS[name] or (1, n), None]
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_a_family_without_a_chat_template_is_refused_in_one_line(stand_in, family):
-    folder = stand_in(family)
-    with pytest.raises(UserError, match=f"^{re.escape(f'{folder}: {REFUSED[family]}')}$"):
-        load_backbone(str(folder))
 
 
 @pytest.mark.parametrize("family", NEEDS)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from jinja2 import Environment, meta
 
-from commands import invoke
+from commands import error_line, invoke
 from conftest import SMALL_SAE, SMALL_SCENES
 from patch_retriever import build_retriever
 from patch_retriever.backbones.load import load_backbone, pinned
@@ -74,6 +74,69 @@ def test_the_files_of_that_commit_are_loaded(tmp_path):
     for revision, eps in ((None, 1e-6), ("v2", 0.5)):
         transformer = load_backbone("org/model", revision=revision)
         assert transformer.config.text_config.rms_norm_eps == eps
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_encoder_is_of_that_commit(tmp_path):
+    snapshot = tmp_path / "cache/models--org--model/snapshots" / COMMITS["v2"]
+    config = json.loads((snapshot / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.5
+    (snapshot / "config.json").write_text(json.dumps(config))
+    found = {
+        revision: load_encoder("org/model", revision=revision).fingerprint
+        for revision in ("main", COMMITS["main"], "v2", COMMITS["v2"])
+    }
+    assert found["main"] == found[COMMITS["main"]]
+    assert found["main"] != found["v2"] == found[COMMITS["v2"]]
+
+
+COMMANDS = {
+    "build": ("{model}", "-o", "out", "--dry-run"),
+    "encode": ("{model}", "{pairs}", "-o", "out.npy"),
+    "index": ("{pairs}", "-m", "{model}", "-o", "out"),
+    "index-migrate": ("{pairs}", "-m", "{model}", "-o", "out"),
+    "search": ("{pairs}", "a cat", "-m", "{model}"),
+    "train-sae": ("--model", "{model}", "-o", "out"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_that_loads_a_model_takes_a_revision(random_model, photo_folder, command):
+    filled = [
+        part.format(model=random_model, pairs=photo_folder / "pairs.jsonl")
+        for part in COMMANDS[command]
+    ]
+    line = error_line(invoke(command, *filled, "--revision", "v2"))
+    assert line == f"{random_model}: a folder has no revisions; leave 'v2' out"
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_revision_of_an_evaluation_is_of_its_one_hub_id(random_model, monkeypatch):
+    loaded = []
+
+    def load(name, device, revision):
+        loaded.append((name, device, revision))
+        raise UserError("enough was seen")
+
+    monkeypatch.setattr("patch_retriever.retrieval.comparison.models.load_encoder", load)
+    for names, words in (
+        (["org/model"], "enough was seen"),
+        (["org/model", "org/other"], "a revision is of one hub id, and 2 are named"),
+        ([random_model], "a revision is of one hub id, and 0 are named"),
+    ):
+        result = invoke("evaluate", *names, "--n", "3", "--revision", "v2")
+        assert words in error_line(result)
+    assert loaded == [("org/model", "cpu", "v2")]
+
+
+@pytest.mark.usefixtures("hub")
+def test_mteb_s_results_of_a_hub_id_are_filed_under_the_revision_that_is_loaded():
+    pytest.importorskip("mteb")
+    from patch_retriever.retrieval.mteb.encoder import MtebEncoder
+
+    found = MtebEncoder("org/model", "v2")
+    assert found.mteb_model_meta.revision == "v2"
+    assert found.encoder.fingerprint == load_encoder("org/model", revision="v2").fingerprint
 
 
 @pytest.mark.parametrize("name", ["folder", "tiny-mllm"])

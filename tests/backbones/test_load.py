@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from patch_retriever.backbones.load import load_backbone, set_readout, with_readout
 from patch_retriever.backbones.readout import ONE_WORD, PLAIN, Readout
@@ -117,14 +125,23 @@ def test_a_text_only_model(tmp_path):
     assert "text-only" in refusal(tmp_path)
 
 
-def test_a_processor_without_a_chat_template(copied):
-    (copied / "chat_template.jinja").unlink()
-    for name in ("tokenizer_config.json", "processor_config.json"):
-        if (copied / name).is_file():
-            values = json.loads((copied / name).read_text())
-            values.pop("chat_template", None)
-            (copied / name).write_text(json.dumps(values))
-    assert "no chat template" in refusal(copied)
+def test_a_model_of_images_and_texts_that_is_no_llm(tmp_path):
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "cat": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": 2, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(tmp_path)
+    assert "no image token in its text" in refusal(tmp_path)
 
 
 def test_a_good_model_loads_in_float32_for_inference(transformer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -13,11 +14,16 @@ from patch_retriever.backbones.readout import (
     LAST,
     ONE_WORD,
     PAPER,
+    PAPER_PROMPTS,
     PAPER_READOUT,
     PLAIN,
+    PROMPT_VARIABLE,
     PROMPTS,
+    TRIED,
     Prompt,
     Readout,
+    Room,
+    has_readout,
     own_template,
     readout_grid,
 )
@@ -31,6 +37,7 @@ QUICK = settings(
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # no lone surrogates
 ASKING = Prompt("asking", text=" [text?]", image="[image?]", both=" [both?]")
+SYSTEM = replace(ASKING, instruction="system")
 IMAGE = {"type": "image", "image": "a picture"}
 
 
@@ -46,6 +53,9 @@ def text(value):
 
 def user(*content):
     return {"role": "user", "content": list(content)}
+
+
+ITEMS = ([text("a cat")], [IMAGE], [IMAGE, text("a cat")])
 
 
 def test_text_is_followed_by_the_prompt_for_texts():
@@ -81,10 +91,88 @@ def test_several_images_stay_several():
     assert render(ASKING, user(IMAGE, IMAGE)) == "<|user|><image><image>[image?]<|end|>"
 
 
-def test_a_system_message_is_left_as_it_is():
-    system = {"role": "system", "content": "be brief"}
-    rendered = render(ASKING, system, user(text("a cat")))
+def system(content):
+    return {"role": "system", "content": content}
+
+
+@pytest.mark.parametrize("content", ["be brief", [text("be brief")], [text("be"), text("brief")]])
+def test_a_system_message_takes_the_place_of_the_prompt(content):
+    said = "be brief" if len(content) != 2 else "be\nbrief"
+    rendered = [render(ASKING, system(content), user(*c)) for c in ITEMS]
+    assert rendered == [
+        f"<|user|>a cat\n{said}<|end|>",
+        f"<|user|><image>{said}<|end|>",
+        f"<|user|><image>a cat\n{said}<|end|>",
+    ]
+
+
+@pytest.mark.parametrize("said", ["\nbe brief", " be brief"])
+def test_a_system_message_that_begins_with_space_is_not_moved_further(said):
+    assert render(ASKING, system(said), user(text("a cat"))) == f"<|user|>a cat{said}<|end|>"
+
+
+def test_an_empty_system_message_takes_the_prompt_away():
+    assert render(ASKING, system(""), user(text("a cat"))) == "<|user|>a cat<|end|>"
+
+
+@pytest.mark.parametrize("content", ["be brief", [text("be brief")]])
+def test_a_system_message_may_stay_one_beside_the_prompt(content):
+    rendered = render(SYSTEM, system(content), user(text("a cat")))
     assert rendered == "<|system|>be brief<|end|><|user|>a cat [text?]<|end|>"
+
+
+def test_a_variable_takes_the_place_of_any_prompt_after_an_item():
+    for prompt in (ASKING, SYSTEM):
+        rendered = render(prompt, user(text("a cat")), **{PROMPT_VARIABLE: "[other]"})
+        assert rendered == "<|user|>a cat[other]<|end|>"
+        assert render(prompt, user(text("a cat")), **{PROMPT_VARIABLE: ""}) == (
+            "<|user|>a cat<|end|>"
+        )
+    rendered = render(ASKING, system("be brief"), user(IMAGE), **{PROMPT_VARIABLE: "[other]"})
+    assert rendered == "<|user|><image>[other]<|end|>"
+
+
+LIMITED = Room(text=30, picture=10, prompt=6)
+
+
+def limited(prompt, *messages):
+    wrapped = prompt.wrap(CHAT_TEMPLATE, LIMITED)
+    rendered, _ = render_jinja_template([list(messages)], chat_template=wrapped)
+    return rendered[0]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "asked", "kept"),
+    [(1, "", 24), (2, "", 14), (3, "", 4), (4, "", 0), (9, "", 0), (1, "\nin red", 23)],
+)
+def test_in_the_room_beside_pictures_the_text_is_cut_and_the_prompt_is_not(pictures, asked, kept):
+    content = [*(pictures * [IMAGE]), text("0123456789" * 9)]
+    before = [system(asked)] if asked else []
+    expected = ("0123456789" * 9)[:kept] + (asked or " [both?]")
+    assert limited(ASKING, *before, user(*content)) == (
+        f"<|user|>{pictures * '<image>'}{expected}<|end|>"
+    )
+
+
+def test_a_text_without_pictures_is_left_to_the_tokenizer():
+    assert limited(ASKING, user(text("x" * 99))) == f"<|user|>{'x' * 99} [text?]<|end|>"
+
+
+def test_a_system_message_takes_room_too():
+    rendered = limited(SYSTEM, system("be brief"), user(IMAGE, text("x" * 99)))
+    assert rendered == (
+        f"<|system|>be brief<|end|><|user|><image>{(30 - 6 - 8) * 'x'} [both?]<|end|>"
+    )
+
+
+@QUICK
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_a_text_is_cut_between_letters(value):
+    rendered = limited(ASKING, user(IMAGE, text(value)))
+    kept = rendered.removeprefix("<|user|><image>").removesuffix(" [both?]<|end|>")
+    assert value.startswith(kept)
+    assert len(kept.encode()) <= 24
+    assert kept == value or len(value[: len(kept) + 1].encode()) > 24
 
 
 def test_every_user_turn_gets_the_prompt_and_no_answer_does():
@@ -160,6 +248,41 @@ def test_the_models_own_template_comes_back(of_text, of_both, generation_prompt,
 
 def test_a_template_without_a_readout_is_its_own():
     assert own_template(CHAT_TEMPLATE) == CHAT_TEMPLATE
+    assert not has_readout(CHAT_TEMPLATE)
+    assert has_readout(PLAIN.wrap(CHAT_TEMPLATE))
+    assert own_template(ASKING.wrap(CHAT_TEMPLATE, LIMITED)) == CHAT_TEMPLATE
+
+
+def test_readouts_of_older_patches_are_read():
+    about = {"name": "paper", "text": "t", "image": "i", "both": "b", "generation_prompt": False}
+    values = {"prompt": about, "site": LAST, "pooling": "mean"}
+    assert Readout.from_json(values) == Readout(Prompt("paper", "t", "i", "b"))
+
+
+def test_the_papers_prompts_per_direction():
+    """Those of the released code, direction by direction."""
+    assert len(PAPER_PROMPTS) == 16
+    text, image = PAPER.text, PAPER.image
+    both = {
+        "t->it document": "\nSummarize above image and sentence in one word: ",
+        "it->t query": "\nSummarize above image and sentence in one word: ",
+        "it->i query": "\nSummarize the above image with the question in one word: ",
+        "it->it query": "\nSummarize the above image and the sentence in one word: ",
+        "it->it document": "\nSummarize the above image and the sentence in one word: ",
+    }
+    texts = ("t->i query", "t->t query", "t->t document", "t->it query", "i->t document")
+    assert {name: PAPER_PROMPTS[name] for name in both} == both
+    assert {PAPER_PROMPTS[name] for name in (*texts, "it->t document")} == {text}
+    images = {name for name, said in PAPER_PROMPTS.items() if said == image}
+    assert images == {
+        *("t->i document", "i->t query", "i->i query", "i->i document", "it->i document")
+    }
+
+
+def test_only_the_papers_readout_offers_its_prompts():
+    assert PAPER_READOUT.prompts == PAPER_PROMPTS
+    assert Readout(PAPER, "layers.1", "lasttoken").prompts == PAPER_PROMPTS
+    assert Readout(ONE_WORD).prompts == Readout(ASKING).prompts == {}
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -169,7 +292,9 @@ def test_wrapping_again_puts_one_prompt_in_place_of_another(name):
     assert prompt.wrap(prompt.wrap(CHAT_TEMPLATE)) == prompt.wrap(CHAT_TEMPLATE)
 
 
-@pytest.mark.parametrize("readout", [*readout_grid(5), Readout(ASKING, "layers.0", "lasttoken")])
+@pytest.mark.parametrize(
+    "readout", [*readout_grid(5), Readout(SYSTEM, "layers.0", "lasttoken", max_tokens=99)]
+)
 def test_readouts_survive_json(readout):
     assert Readout.from_json(json.loads(json.dumps(readout.to_json()))) == readout
 
@@ -179,8 +304,8 @@ def test_the_grid_holds_every_prompt_with_both_poolings_and_layers_that_exist(la
     grid = list(readout_grid(layers))
     assert PAPER_READOUT in grid
     assert len({readout.name for readout in grid}) == len(grid)
-    for name in PROMPTS:
-        poolings = {r.pooling for r in grid if r.prompt.name == name and r.site == LAST}
+    for prompt in TRIED:
+        poolings = {r.pooling for r in grid if r.prompt == prompt and r.site == LAST}
         assert poolings == {"mean", "lasttoken"}
     numbers = [int(r.site.removeprefix("layers.")) for r in grid if r.site != LAST]
     assert all(0 <= number < layers - 1 for number in numbers)

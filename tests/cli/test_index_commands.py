@@ -221,3 +221,29 @@ def test_search_settings_reach_an_ivf_index(models, tmp_path):
     assert invoke("index", path, *arguments, "--shard-items", 50).exit_code == 0
     assert len(hits(folder, "thing number 7", "-k", 90)[0]) == 90
     assert len(hits(folder, "thing number 7", "-k", 90, "--nprobe", 1)[0]) < 90
+
+
+def test_items_and_queries_of_several_pictures(models, photos, tmp_path):
+    rows = [{"id": f"{i}", "image": [f"{i}.png", f"{i + 1}.png"]} for i in range(8)]
+    rows.append({"id": "both", "image": ["0.png", "2.png", "3.png"], "text": "a red star"})
+    source = photos / "several.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    index, vectors = tmp_path / "index", tmp_path / "vectors.npy"
+    made = invoke("index", source, "-m", models / "plain", "-o", index)
+    assert made.stdout == f"{index}: 9 items (9 added)\n", made.output
+    for row in rows:
+        asked = " + ".join([*(f"{photos}/{name}" for name in row["image"]), row.get("text", "")])
+        asked = asked.removesuffix(" + ")
+        page = tmp_path / "page.html"
+        said = invoke("search", index, asked, "-m", models / "plain", "--json", "--html", page)
+        assert said.exit_code == 0, said.output
+        (answer,) = json.loads(said.stdout)["answers"]
+        assert answer["query"] == asked
+        assert answer["hits"][0]["id"] == row["id"]
+        assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
+        assert answer["hits"][0]["picture"] == str(photos / row["image"][0])
+        assert page.read_text().count("<img") >= 1
+    assert invoke("encode", models / "plain", source, "-o", vectors).exit_code == 0
+    encoder = load_encoder(str(models / "plain"))
+    both = Item.parse(f"{photos}/0.png + {photos}/2.png + {photos}/3.png + a red star")
+    assert np.abs(np.load(vectors)[-1] - encoder.embed([both], "document")[0]).max() < 1e-5

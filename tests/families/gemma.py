@@ -7,12 +7,18 @@ from pathlib import Path
 from families.snapshot import TEXT, VISION, WIDTH, save, sentence_piece
 
 GEMMA3_TEMPLATE = """\
-{{ bos_token }}{%- for message in messages -%}
+{{ bos_token }}{%- set system = '' -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set content = messages[0]['content'] -%}
+    {%- set system = (content if content is string else content[0]['text']) + '\n\n' -%}
+    {%- set messages = messages[1:] -%}
+{%- endif -%}
+{%- for message in messages -%}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
         {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
     {%- endif -%}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{ '<start_of_turn>' + role + '\n' }}
+    {{ '<start_of_turn>' + role + '\n' + (system if loop.first else '') }}
     {%- if message['content'] is string -%}
         {{ message['content'] | trim }}
     {%- else -%}

@@ -55,3 +55,10 @@ def test_an_item_is_shown_by_what_it_holds(tmp_path):
     assert image.text is None and both.text == "words"
     assert image.picture == both.picture == thumbnail(picture.open())
     assert image.alt == "a photo.png"  # and not where the user keeps it
+
+
+def test_of_several_pictures_the_first_is_shown(tmp_path):
+    pictures = [PictureFile(tmp_path / f"{colour}.png") for colour in ("red", "blue")]
+    for picture in pictures:
+        Image.new("RGB", (8, 8), picture.path.stem).save(picture.path)
+    assert show(Item.of("both", pictures)) == show(Item("both", pictures[0]))

@@ -100,3 +100,9 @@ def test_it_indexes_and_finds_its_pictures(clip, photo_folder, tmp_path):
     assert made.exit_code == 0, made.stderr
     found = invoke("search", tmp_path / "ix", photo_folder / "7.png", "-k", 1)
     assert found.stdout.splitlines()[1].split() == ["1", "1.0000", "7.png"]
+
+
+def test_items_of_several_pictures_are_refused(clip):
+    item = Item.of(None, [PICTURES[0].picture, PICTURES[1].picture])
+    with pytest.raises(UserError, match="takes one picture an item"):
+        load_encoder(str(clip)).embed([item], "query")

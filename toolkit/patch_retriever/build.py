@@ -78,7 +78,20 @@ def build_retriever(
     given = None if config.sae_from is None else load_sae(config.sae_from)
     # a branch may move while a build stands still; its commit is what everything is made of
     config = config.model_copy(update={"revision": pinned(config.model, config.revision)})
-    transformer = load_backbone(config.model, config.dtype, config.device, config.revision)
+    asked: dict[str, Any] = {"max_pixels": config.max_pixels, "attention": config.attention}
+    tried: dict[str, Any] = {
+        "prompt": config.prompt and asdict(config.prompt),
+        "pooling": config.pooling,
+        "max_tokens": config.max_tokens,
+    }
+    transformer = load_backbone(
+        config.model,
+        config.dtype,
+        config.device,
+        config.revision,
+        device_map=config.device_map,
+        **asked,
+    )
     if given is not None:
         check_width(given, transformer.get_embedding_dimension(), str(config.sae_from))
     with Run(out / "run", say) as run:
@@ -89,8 +102,9 @@ def build_retriever(
             lambda folder: choose_readout(transformer, data, config, folder, progress),
             after=("data",),
             model=model_fingerprint(config.model, config.revision),
-            dtype=config.dtype,
+            dtype=str(transformer.model.dtype).removeprefix("torch."),
             preset=config.preset,
+            **{option: value for option, value in (asked | tried).items() if value is not None},
         )
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from patch_retriever.backbones.readout import PROMPTS, PoolingMode, Prompt
 from patch_retriever.errors import UserError
 from patch_retriever.sae.settings import SAESettings
 
@@ -41,11 +42,25 @@ class BuildConfig(BaseModel):
     """Download pictures that the pairs name by an address."""
     preset: Literal["auto", "paper"] = "auto"
     """auto tries readouts on validation; paper pins the paper's."""
+    prompt: Prompt | None = None
+    """The only prompt to try: a name (plain, paper, one-word, e5v), or what is said after a text,
+    an image and both, and whether the assistant's turn is opened."""
+    pooling: PoolingMode | None = None
+    """The only pooling to try."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """The longest input in tokens; None for the model's own limit."""
     seed: int = Field(default=0, ge=0)
     skip_bad: bool = False
     """Leave bad rows and pictures out instead of stopping."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Of the model; auto is that of its files."""
     device: str = "cpu"
+    device_map: str | dict[str, str | int] | None = None
+    """In place of a device: auto spreads the model over all there are."""
+    max_pixels: int | None = Field(default=None, ge=1)
+    """Of a picture, where the model makes more tokens of a larger one."""
+    attention: str | None = None
+    """transformers' implementation: sdpa, eager, flash_attention_2; None for its choice."""
     batch_size: int = Field(default=64, ge=1)
     scenes: ScenesSettings = ScenesSettings()
     sae: SAESettings = SAESettings()
@@ -55,6 +70,15 @@ class BuildConfig(BaseModel):
     """What concepts are scored on: codes of tokens, pooled like the embedding (an SAE is trained on
     tokens), or codes of pooled vectors (what the paper scores)."""
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _named(cls, prompt: Any) -> Any:
+        if not isinstance(prompt, str):
+            return prompt
+        if prompt not in PROMPTS:
+            raise ValueError(f"no prompt {prompt!r}; there are {', '.join(PROMPTS)}")
+        return PROMPTS[prompt]
+
     @classmethod
     def read(cls, path: Path | None, **overrides: Any) -> BuildConfig:
         """Settings from a YAML file (or none), `overrides` that are not None over it.
@@ -62,23 +86,13 @@ class BuildConfig(BaseModel):
         Raises:
             UserError: the file is missing, is not YAML, or has an unknown key or a wrong value.
         """
-        import yaml
-
-        values: Any = {}
-        if path is not None:
-            try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-            if not isinstance(values, dict):
-                raise UserError(
-                    f"{path}: settings expected (key: value), found {type(values).__name__}"
-                )
-        values = {**values, **{k: v for k, v in overrides.items() if v is not None}}
+        values = {} if path is None else read_yaml(path)
+        values |= {k: v for k, v in overrides.items() if v is not None}
+        prompt = values.get("prompt")
+        if isinstance(prompt, str) and prompt.endswith((".yaml", ".yml")):
+            values["prompt"] = read_yaml(Path(prompt))
         try:
-            return cls.model_validate(values)
+            config = cls.model_validate(values)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
@@ -86,10 +100,36 @@ class BuildConfig(BaseModel):
             sections: dict[str, Iterable[str]] = {
                 "scenes": ScenesSettings.model_fields,
                 "sae": SAESettings.__dataclass_fields__,
+                "prompt": Prompt.__dataclass_fields__,
             }
             known = ", ".join(sections.get(str(section), cls.model_fields))
             if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
                 raise UserError(
                     f"{path or 'settings'}: unknown key {key!r}; known keys: {known}"
                 ) from None
-            raise UserError(f"{path or 'settings'}: {key}: {problem['msg']}") from None
+            said = problem["msg"].removeprefix("Value error, ")
+            raise UserError(f"{path or 'settings'}: {key}: {said}") from None
+        if config.preset == "paper" and (config.prompt or config.pooling):
+            raise UserError(
+                f"{path or 'settings'}: preset paper pins prompt and pooling; leave those out"
+            )
+        return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        UserError: it cannot be read, or is no YAML mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: settings expected (key: value), found {type(values).__name__}")
+    return values

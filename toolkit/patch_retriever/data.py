@@ -51,7 +51,9 @@ def prepare_pairs(config: BuildConfig, folder: Path, progress: Progress) -> None
     """Read, check and split a user's pairs once; `folder/splits.json` is what later runs read."""
     read = read_pairs(config.pairs, config.skip_bad, progress, pairs_reading(config))
     splits = {
-        split: [[locator(p.picture), p.text, p.content] for p in pairs]
+        split: [
+            [locator(p.picture), p.text, p.content, *map(locator, p.more_pictures)] for p in pairs
+        ]
         for split, pairs in split_pairs(read.pairs, config.seed).items()
     }
     values = {
@@ -67,7 +69,13 @@ def pairs_data(folder: Path, built_in_model: bool) -> Data:
     values = json.loads((folder / "splits.json").read_text())
     stores = PictureStores()
     splits = {
-        split: pairs_collection(split, [Pair(stores.picture_at(p), t, c) for p, t, c in rows])
+        split: pairs_collection(
+            split,
+            [
+                Pair(stores.picture_at(p), text, content, tuple(map(stores.picture_at, more)))
+                for p, text, content, *more in rows
+            ],
+        )
         for split, rows in values["splits"].items()
     }
     sizes = ", ".join(f"{len(values['splits'][s])} in {s}" for s in SPLITS)
@@ -98,5 +106,7 @@ def all_items(pairs: str) -> list[Item]:
         return list(scenes_collection("calibration", ScenesSettings().calibration, 0).items)
     read = read_pairs(pairs)
     return [
-        item for pair in read.pairs for item in (Item(picture=pair.picture), Item(text=pair.text))
+        item
+        for pair in read.pairs
+        for item in (Item(None, pair.picture, pair.more_pictures), Item(pair.text))
     ]

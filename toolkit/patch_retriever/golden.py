@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import write_json, write_tensors, write_text
@@ -42,10 +42,11 @@ model = SentenceTransformer(str(here.parent), device="cpu")
 
 
 def load(item):
-    picture = Image.open(here / item["image"]) if "image" in item else None
-    if picture is None:
+    pictures = [Image.open(here / name) for name in item.get("images", ())]
+    if not pictures:
         return item["text"]
-    return {"text": item["text"], "image": picture} if "text" in item else picture
+    parts = {"text": item["text"]} if "text" in item else {}
+    return {**parts, "image": pictures} if parts or len(pictures) > 1 else pictures[0]
 
 
 items = [load(item) for item in inputs]
@@ -68,10 +69,11 @@ def write_golden(folder: Path, retriever: PatchedRetriever, items: Sequence[Item
     golden.mkdir(parents=True, exist_ok=True)
     inputs = []
     for i, item in enumerate(items):
-        entry = {} if item.text is None else {"text": item.text}
-        if item.picture is not None:
-            entry["image"] = f"{i}.png"
-            item.picture.open().save(golden / entry["image"])
+        entry: dict[str, Any] = {} if item.text is None else {"text": item.text}
+        if item.pictures:
+            entry["images"] = [f"{i}-{j}.png" for j in range(len(item.pictures))]
+            for name, picture in zip(entry["images"], item.pictures, strict=True):
+                picture.open().save(golden / name)
         inputs.append(entry)
     write_json(golden / "inputs.json", inputs)
     loaded = [item.load() for item in items]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from patch_retriever.backbones.families import decoder_path
+from patch_retriever.backbones.families import layers_path
 from patch_retriever.backbones.inputs import item_batches, preprocessed
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.pooling import pooling_weights
@@ -138,13 +138,13 @@ def token_influence(
     this says which words and patches made them fire. Costs a forward pass for every token.
     """
     heats = token_heat(transformer, readout, sae, items, concepts, batch_size)
-    decoder = transformer.model.get_submodule(decoder_path(transformer.model))
+    first = transformer.model.get_submodule(f"{layers_path(transformer.model)}.0")
     found = []
     for item, heat in zip(items, heats, strict=True):
         loaded, left = item.load(), []
         for hidden_b in torch.arange(len(heat.tokens)).split(batch_size):
             features = preprocessed(transformer, [loaded] * len(hidden_b))
-            handle = decoder.register_forward_pre_hook(_hiding(hidden_b), with_kwargs=True)
+            handle = first.register_forward_pre_hook(_hiding(hidden_b))
             try:
                 with torch.no_grad():
                     tokens_btd = transformer(features)["token_embeddings"].float()
@@ -160,14 +160,13 @@ def token_influence(
     return found
 
 
-def _hiding(hidden_b: Tensor) -> Callable[[nn.Module, Any, dict[str, Any]], tuple[Any, Any]]:
+def _hiding(hidden_b: Tensor) -> Callable[[nn.Module, Any], tuple[Any, ...]]:
     """A hook that hides token `hidden_b[b]` of row b from the decoder layers."""
 
-    def hide(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        embeddings_btd = kwargs["inputs_embeds"].clone()
-        rows_b = torch.arange(len(hidden_b))
-        embeddings_btd[rows_b, hidden_b] = kwargs["inputs_embeds"].mean(1)
-        return args, {**kwargs, "inputs_embeds": embeddings_btd}
+    def hide(_: nn.Module, args: Any) -> tuple[Any, ...]:
+        embeddings_btd = args[0].clone()
+        embeddings_btd[torch.arange(len(hidden_b)), hidden_b] = args[0].mean(1)
+        return embeddings_btd, *args[1:]
 
     return hide
 

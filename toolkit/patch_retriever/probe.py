@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patch_retriever.backbones.families import decoder_path, residual_norm
+from patch_retriever.backbones.families import layers_path, residual_norm
 from patch_retriever.backbones.readout import LAST
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Probe:
         if pooling is not None:
             parts["pooling"] = pooling
         self._net = NNsight(nn.Sequential(parts))
-        self._layers = f"transformer.model.{decoder_path(transformer.model)}.layers"
+        self._layers = f"transformer.model.{layers_path(transformer.model)}"
         self._norm = residual_norm(transformer.model)
 
     def read(self, features: dict[str, Any], sites: Sequence[str]) -> dict[str, Tensor]:

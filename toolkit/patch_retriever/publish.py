@@ -45,7 +45,9 @@ def export(
     retriever = PatchedRetriever(with_readout(transformer, readout), patch)
     width = transformer.get_embedding_dimension()
     modules = [transformer, *export_modules(patch, width, readout.pooling)]
-    model = SentenceTransformer(modules=modules, device=str(retriever.device))
+    model = SentenceTransformer(
+        modules=modules, device=str(retriever.device), prompts=readout.prompts
+    )
     try:
         model.save(str(folder), create_model_card=False)
         for weights in folder.rglob("*.safetensors"):
@@ -118,13 +120,17 @@ def _card(
     golden = json.loads((exported / "golden" / "result.json").read_text())["max_abs_diff"]
     tried = json.loads((readouts / "readout.json").read_text())["scores"]
     texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
+    readout = load_readout(readouts)
     return model_card(
         name=name,
         base_model=config.model,
         commit=config.revision,
         version=patch_retriever.__version__,
         example=texts[0],
-        readout=load_readout(readouts).name,
+        readout=readout.name,
+        max_tokens=readout.max_tokens,
+        prompts=list(readout.prompts),
+        instruction=readout.prompt.instruction,
         chosen_how=f"chosen on validation among {len(tried)}" if tried else "the preset's",
         exported=patch.about["method"],
         setting=setting_text(patch.about["setting"]),

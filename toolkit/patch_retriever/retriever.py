@@ -51,7 +51,8 @@ class PatchedRetriever(SentenceTransformer):
         patch: Patch,
         sae: SparseAutoencoder | Path | str | None = None,
     ) -> None:
-        super().__init__(modules=list(backbone), device=str(backbone.device))
+        prompts = {name: said for name, said in backbone.prompts.items() if said is not None}
+        super().__init__(modules=list(backbone), device=str(backbone.device), prompts=prompts)
         self.patch = patch
         # not child modules: an nn.Sequential would run them
         self.__dict__["_probe"] = Probe(cast("Transformer", self[0]), self[1])

@@ -30,6 +30,7 @@ def train_sae(
     settings: Sequence[SAESettings] = (SAESettings(),),
     *,
     model: str = "tiny-mllm",
+    revision: str | None = None,
     pairs: str = "scenes",
     prompt: str = "paper",
     pooled_share: float = 0.0,
@@ -47,6 +48,7 @@ def train_sae(
         out: folder to write, in SAELens' layout.
         store: an activation store (a build's `run/collect`). None: activations come straight from
             the backbone `model`, which reads `pairs` with `prompt`; nothing is stored.
+        revision: of a `model` on the hub: a branch, a tag or a commit.
         settings: one for each SAE; steps, batch size and the order of tokens are of the first.
         pooled_share: tokens that the readout's pooling reads are repeated up to this share.
         progress: wraps the steps. `watch`: gets figures every ten steps.
@@ -73,7 +75,7 @@ def train_sae(
     if store is not None:
         source, pairs_p2d = _stored(Path(store), settings, processes)
     else:
-        source, pairs_p2d = _live(model, pairs, prompt, settings, processes)
+        source, pairs_p2d = _live(model, revision, pairs, prompt, settings, processes)
     trained = train_saes(
         source,
         settings,
@@ -134,7 +136,12 @@ def _stored(
 
 
 def _live(
-    model: str, pairs: str, prompt: str, settings: Sequence[SAESettings], processes: Processes
+    model: str,
+    revision: str | None,
+    pairs: str,
+    prompt: str,
+    settings: Sequence[SAESettings],
+    processes: Processes,
 ) -> tuple[Source, None]:
     """A backbone as the source."""
     from patch_retriever.activations.collect import LiveSource
@@ -144,7 +151,7 @@ def _live(
 
     if any(s.shared != "none" for s in settings):
         raise UserError("shared concepts need a store's pairs; collect one with `build`")
-    transformer = load_backbone(model, device=processes.device)
+    transformer = load_backbone(model, device=processes.device, revision=revision)
     items = all_items(pairs)
     source = LiveSource(
         transformer,

@@ -93,7 +93,11 @@ def test_a_line_that_is_no_object_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "line", ["{}", '{"text": ""}', '{"text": 7}', '{"image": ["a.png"]}', '{"words": "a"}']
+    "line",
+    [
+        *("{}", '{"text": ""}', '{"text": 7}', '{"words": "a"}', '{"image": []}'),
+        *('{"image": ["a.png", 7]}', '{"image": ["a.png", null], "text": "a"}'),
+    ],
 )
 def test_a_line_without_text_or_image_is_named(tmp_path, line):
     says(written(tmp_path, '{"text": "a"}', line), "items.jsonl:2:", '"text", "image" or both')
@@ -386,3 +390,107 @@ def test_an_id_that_is_no_name_is_a_bad_row_and_a_whole_number_is_one(tmp_path):
         read_corpus(str(path))
     corpus = read_corpus(str(path), skip_bad=True)
     assert list(corpus.ids) == ["5", "a.jsonl:3"]
+
+
+# several pictures
+
+
+def two_of(picture):
+    return [picture(name) for name in ("a.png", "b.png")]
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Two pictures, their bytes, and how `datasets` writes them."""
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (9, 7), colour).save(tmp_path / name)
+    return tmp_path
+
+
+def as_stored(folder, name):
+    return {"bytes": (folder / name).read_bytes(), "path": name}
+
+
+def test_a_row_may_hold_several_pictures(drawn):
+    listed = ["a.png", "b.png"]
+    path = written(
+        drawn,
+        json.dumps({"image": listed}),
+        json.dumps({"images": listed, "text": "both"}),
+        json.dumps({"image": ["b.png"]}),
+        json.dumps({"image": [], "text": "none"}),
+    )
+    a, b = two_of(lambda name: PictureFile(drawn / name))
+    expected = [Item(None, a, (b,)), Item("both", a, (b,)), Item(None, b), Item("none")]
+    corpus = read_corpus(path)
+    assert list(corpus.items) == expected
+    assert corpus.items[1].pictures == (a, b)
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes", "structs", "large"])
+def test_lists_of_pictures_in_parquet(drawn, kind):
+    cell = {
+        "paths": lambda name: name,
+        "bytes": lambda name: (drawn / name).read_bytes(),
+    }.get(kind, lambda name: as_stored(drawn, name))
+    inner = {"paths": pa.string(), "bytes": pa.binary()}.get(
+        kind, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    lists = (pa.large_list if kind == "large" else pa.list_)(inner)
+    rows = [two_of(cell), [], None, [cell("b.png")]]
+    table = pa.table({"images": pa.array(rows, lists), "text": ["two", "none", "null", "one"]})
+    pq.write_table(table, drawn / "part.parquet")
+    items = read_corpus(drawn / "part.parquet").items
+    assert [item.text for item in items] == ["two", "none", "null", "one"]
+    assert [len(item.pictures) for item in items] == [2, 0, 0, 1]
+    expected = [(drawn / name).read_bytes() for name in ("a.png", "b.png")]
+    assert [picture.read() for picture in items[0].pictures] == expected
+    for picture in (*items[0].pictures, *items[3].pictures):
+        assert picture_at(picture.locator).read() == picture.read()
+    if kind != "paths":
+        names = [picture.name.partition("#")[2] for picture in items[0].pictures]
+        assert names == ["images/0.0", "images/0.1"]
+
+
+def test_a_list_of_pictures_without_bytes_is_one_of_paths(drawn):
+    rows = [[{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}]]
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), drawn / "part.parquet")
+    (item,) = read_corpus(drawn / "part.parquet").items
+    assert list(item.pictures) == two_of(lambda name: PictureFile(drawn / name))
+
+
+def test_lists_of_pictures_in_a_dataset(drawn):
+    rows = {
+        "images": [two_of(lambda name: str(drawn / name)), [], [str(drawn / "b.png")]],
+        "text": ["two", "none", "one"],
+    }
+    features = datasets.Features(
+        {"images": datasets.List(datasets.Image()), "text": datasets.Value("string")}
+    )
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    stored = [[as_stored(drawn, Path(p).name) for p in paths] for paths in rows["images"]]
+    inside = whole.cast_column("images", datasets.List(datasets.Image(decode=False))).map(
+        lambda _, i: {"images": stored[i]}, with_indices=True
+    )
+    for name, made in (("paths", whole), ("bytes", inside)):
+        made.save_to_disk(drawn / name)
+        items = read_corpus(f"datasets:{drawn / name}").items
+        assert [(item.text, len(item.pictures)) for item in items] == [
+            ("two", 2),
+            ("none", 0),
+            ("one", 1),
+        ]
+        expected = [(drawn / file).read_bytes() for file in ("a.png", "b.png")]
+        assert [picture.read() for picture in items[0].pictures] == expected
+        for picture in items[0].pictures:
+            assert picture_at(picture.locator).read() == picture.read()
+
+
+@pytest.mark.parametrize("cell", ["image/0.2", "image/0.x", "image/0.", "image/x.0"])
+def test_a_place_that_is_not_there_is_named(drawn, cell):
+    kind = pa.list_(pa.binary())
+    rows = [[(drawn / "a.png").read_bytes()] * 2]
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), drawn / "part.parquet")
+    with pytest.raises(UserError, match=r"part\.parquet#image/"):
+        picture_at(f"{drawn}/part.parquet#{cell}").read()

@@ -35,6 +35,32 @@ def texts(source: Path) -> list[str]:
     return [pair.text for pair in read_pairs(source).pairs]
 
 
+# several pictures
+
+
+def test_a_pair_may_have_several_pictures(photo_folder):
+    changed = rows(photo_folder)
+    changed[0]["image"] = ["0.png", "1.png"]
+    changed[1]["image"] = ["1.png"]
+    source = rewrite(photo_folder, changed)
+    first, second, *_ = read_pairs(source).pairs
+    assert [p.path.name for p in (first.picture, *first.more_pictures)] == ["0.png", "1.png"]
+    assert (second.picture.path.name, second.more_pictures) == ("1.png", ())
+    assert second.content == file_hash(photo_folder / "1.png")
+    before = pairs_fingerprint(source)
+    changed[0]["image"] = ["1.png", "0.png"]
+    turned = rewrite(photo_folder, changed)
+    assert read_pairs(turned).pairs[0].content != first.content
+    assert pairs_fingerprint(turned) != before
+
+
+def test_a_bad_picture_among_several_is_named(photo_folder):
+    changed = rows(photo_folder)
+    changed[3]["image"] = ["3.png", "gone.png"]
+    with pytest.raises(UserError, match=r"pairs\.jsonl:4: .*gone\.png: no such image file"):
+        read_pairs(rewrite(photo_folder, changed))
+
+
 # layouts
 
 
@@ -495,12 +521,16 @@ def test_a_csv_that_breaks_off_in_quotes_is_named(photo_folder):
 
 def test_a_table_without_known_columns_says_what_it_has(out):
     pq.write_table(pa.table({"photo": ["a"], "words": ["b"]}), out / "a.parquet")
-    says(out / "a.parquet", "a.parquet: no column for pictures (image, file_name", "photo, words")
+    says(
+        out / "a.parquet",
+        "a.parquet: no column for pictures (image, images, file_name",
+        "photo, words",
+    )
 
 
 def test_a_csv_without_known_columns_is_named(out):
     (out / "a.csv").write_text("photo,words\na.png,b\n")
-    says(out / "a.csv", "a.csv", "no column for pictures (image, file_name", "photo, words")
+    says(out / "a.csv", "a.csv", "no column for pictures (image, images, file_name", "photo, words")
 
 
 def mixed(folder: Path, kind: str) -> tuple[str, list[str]]:

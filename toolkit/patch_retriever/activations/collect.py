@@ -38,11 +38,11 @@ def collect_pooled(
 ) -> dict[Readout, Tensor]:
     """Pooled vectors (n, d) under each of several readouts, one forward pass per prompt."""
     found: dict[Readout, Tensor] = {}
-    by_prompt = defaultdict(list)
+    by_inputs = defaultdict(list)
     for readout in readouts:
-        by_prompt[readout.prompt].append(readout)
-    for prompt, group in by_prompt.items():
-        set_readout(transformer, Readout(prompt))
+        by_inputs[readout.prompt, readout.max_tokens].append(readout)
+    for (prompt, max_tokens), group in by_inputs.items():
+        set_readout(transformer, Readout(prompt, max_tokens=max_tokens))
         probe = Probe(transformer)
         sites = sorted({readout.site for readout in group})
         for numbers, features in item_batches(transformer, items, batch_size, progress):

@@ -168,7 +168,14 @@ def _of_prompt(
 def _backbone(folder: Path, build: Finished, device: str | None) -> Transformer:
     """The backbone as the export holds it: the build's own model may lie elsewhere by now."""
     check_backbone(folder)
-    return load_backbone(str(folder), build.config.dtype, device or build.config.device)
+    config = build.config
+    return load_backbone(
+        str(folder),
+        config.dtype,
+        device or config.device,
+        device_map=None if device else config.device_map,
+        attention=config.attention,
+    )
 
 
 def _results(run: Path, fingerprint: str) -> dict[str, dict[str, Any]]:

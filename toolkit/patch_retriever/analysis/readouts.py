@@ -10,15 +10,6 @@ from patch_retriever.analysis.views import AFTER, MASKED, POOLINGS, Outcomes, Vi
 from patch_retriever.backbones.readout import LAST, PAPER, PROMPTS, Prompt
 from patch_retriever.report import plots
 
-E5V = Prompt(
-    "e5-v",
-    text="\nSummary above sentence in one word: ",
-    image="\nSummary above image in one word: ",
-    both="\nSummary above image and sentence in one word: ",
-    generation_prompt=True,
-)
-"""E5-V's wording (arXiv 2407.12580), with the assistant's turn opened as it does."""
-
 _POOLING_NAMES = {"mean": "mean", "lasttoken": "last token", "max": "maximum", "min": "minimum"}
 _ROLE_NAMES = {"": "all tokens", "special": "without template"} | {
     role: f"without {role}" for role in MASKED[:2]
@@ -27,7 +18,7 @@ _ROLE_NAMES = {"": "all tokens", "special": "without template"} | {
 
 def all_prompts(build: Finished) -> dict[str, Prompt]:
     """The prompts of Table 5 by name, with the build's own."""
-    return {p.name: p for p in (*PROMPTS.values(), E5V, build.readout.prompt)}
+    return {p.name: p for p in (*PROMPTS.values(), build.readout.prompt)}
 
 
 def swept_prompts(build: Finished) -> dict[str, Prompt]:

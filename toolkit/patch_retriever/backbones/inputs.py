@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from patch_retriever.ahead import WORKERS, made_ahead
+from patch_retriever.backbones.load import device_of
 from patch_retriever.items import KINDS, Item
 from patch_retriever.pictures.picture import in_memory, size_of
 from patch_retriever.progress import Progress, no_progress
@@ -38,7 +38,7 @@ def item_batches(
     Raises:
         UserError: a picture cannot be read; the batches before it come first.
     """
-    device = next(transformer.parameters()).device
+    device = device_of(transformer)
     batches = Preparer(transformer, workers).batches(items, batch_size)
     for numbers, features in progress(batches, -(-len(items) // batch_size)):
         yield numbers, on_device(features, device)
@@ -46,7 +46,7 @@ def item_batches(
 
 def preprocessed(transformer: Transformer, loaded: list[Any]) -> dict[str, Any]:
     """One batch of loaded items as features on the model's device."""
-    return on_device(transformer.preprocess(loaded), next(transformer.parameters()).device)
+    return on_device(transformer.preprocess(loaded), device_of(transformer))
 
 
 def on_device(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -65,12 +65,12 @@ def read_ahead(items: Sequence[Item], batch_size: int) -> Generator[Item]:
 
 
 def item_in_memory(item: Item) -> Item:
-    """The item with its picture's bytes read, not decoded.
+    """The item with its pictures' bytes read, not decoded.
 
     Raises:
         UserError: they cannot be read.
     """
-    return item if item.picture is None else replace(item, picture=in_memory(item.picture))
+    return Item.of(item.text, [in_memory(picture) for picture in item.pictures])
 
 
 class Preparer:
@@ -101,6 +101,8 @@ class Preparer:
 
         def prepare(batch: tuple[list[int], list[Item]]) -> tuple[list[int], dict[str, Any]]:
             numbers, some = batch
+            if not self._as_chat and any(item.more_pictures for item in some):
+                raise ValueError("takes one picture an item, and there are items of more")
             loaded = [item.load() if self._as_chat else item.load_plain() for item in some]
             module = self._free.get()
             try:
@@ -137,11 +139,11 @@ class Preparer:
 
     def _lengths(self, window: Sequence[Item]) -> list[float]:
         """About how many tokens every item has, the template's aside."""
-        sizes = [None if item.picture is None else size_of(item.picture) for item in window]
-        pictures = iter(picture_tokens(self._processor, [size for size in sizes if size]))
+        sizes = [[s for p in item.pictures if (s := size_of(p))] for item in window]
+        tokens = iter(picture_tokens(self._processor, list(chain.from_iterable(sizes))))
         return [
-            (next(pictures) if size else 0) + len(item.text or "") / _LETTERS_PER_TOKEN
-            for item, size in zip(window, sizes, strict=True)
+            sum(islice(tokens, len(of_item))) + len(item.text or "") / _LETTERS_PER_TOKEN
+            for item, of_item in zip(window, sizes, strict=True)
         ]
 
     def _make_copies(self, n: int) -> None:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patch_retriever.backbones.families import image_token_id
+from patch_retriever.backbones.chat import take_chats
+from patch_retriever.backbones.families import assumed, family_of, image_token_id
+from patch_retriever.backbones.limits import limit_tokens
+from patch_retriever.backbones.pixels import limit_pixels
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.strict import no_image_part, strict_loading
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.hub import commit_of
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
+
+DeviceMap = str | dict[str, str | int]
 
 BUILT_IN = "tiny-mllm"
 """Name of the model that ships with the project (checkpoints/tiny-mllm)."""
@@ -43,46 +51,116 @@ def load_backbone(
     dtype: str = "float32",
     device: str = "cpu",
     revision: str | None = None,
+    *,
+    device_map: DeviceMap | None = None,
+    max_pixels: int | None = None,
+    attention: str | None = None,
 ) -> Transformer:
-    """Load an MLLM as sentence-transformers' `Transformer` module.
+    """Load an MLLM as sentence-transformers' `Transformer` module, which takes chats of texts,
+    pictures and both whatever its family.
 
     Args:
         name_or_path: a folder, a hub id, or `tiny-mllm` for the built-in model.
         dtype: torch dtype to run in, or "auto" for that of its files.
         device: torch device.
         revision: of a hub id: a branch, a tag or a commit; None for the newest.
+        device_map: "auto" to spread the model over all devices, or a device for every part of it,
+            in place of `device`; what fits nowhere stays on the CPU or the disk until it is run.
+        max_pixels: of a picture, where the family makes more tokens of a larger one.
+        attention: "sdpa", "eager", "flash_attention_2" ...; None for transformers' choice.
 
     Raises:
-        UserError: nothing is there, it is no model or not a whole one, it takes no images, or a
-            package is missing.
+        UserError: nothing is there, it is no model or not a whole one, it takes no images, a
+            package is missing, or an option does not fit the model.
     """
     path = str(built_in_model()) if name_or_path == BUILT_IN else name_or_path
+    if device_map is not None and device != "cpu":
+        raise UserError(f"a device map says where the model goes; leave device {device!r} out")
     commit = pinned(name_or_path, revision)
     import torch
     from sentence_transformers.base.modules import Transformer
 
     check_device(device)
     at = {"revision": commit} if commit else {}
-    as_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
     with _quiet(), strict_loading(name_or_path):
         transformer = Transformer(
-            path, model_kwargs={**at, "dtype": as_dtype}, processor_kwargs=at, config_kwargs=at
+            path, model_kwargs={**at, **kwargs}, processor_kwargs=at, config_kwargs=at
         )
-    modalities = [str(m) for m in transformer.modalities]
-    if image_token_id(transformer.config) is None:
-        raise UserError(
-            f"{name_or_path}: a text-only model (it takes {', '.join(modalities)}); "
-            "patch-retriever needs a multimodal LLM that takes images"
-        )
-    if "image" not in " ".join(modalities):
-        raise no_image_part(name_or_path)
-    if getattr(transformer.processor, "chat_template", None) is None:
-        raise UserError(
-            f"{name_or_path}: its processor has no chat template, which the readout's prompt is "
-            "written into; save the processor with one (processor.chat_template = ...)"
-        )
+    _check_takes_images(transformer, name_or_path)
+    if attention is not None:
+        _check_attention(transformer, attention, name_or_path)
+    if device_map is not None:
+        _check_placed(transformer, device_map, name_or_path)
+    take_chats(transformer)
+    try:
+        said = assumed(transformer.model)
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from None
+    if said is not None:
+        warnings.warn(f"{name_or_path}: {said}", stacklevel=2)
+    if max_pixels is not None:
+        limit_pixels(transformer, max_pixels, name_or_path)
     transformer.model.eval().requires_grad_(False)
-    return transformer.to(device)
+    return transformer if device_map is not None else transformer.to(device)
+
+
+def _check_takes_images(transformer: Transformer, name: str) -> None:
+    """Refuse a text-only model, and one whose processor takes no images."""
+    processor: Any = transformer.processor
+    if image_token_id(transformer.config) is None:
+        # some families say it in the processor alone
+        if (found := getattr(processor, "image_token_id", None)) is None:
+            modalities = ", ".join(map(str, transformer.modalities))
+            what = "no image token in its text" if "image" in modalities else "a text-only model"
+            raise UserError(
+                f"{name}: {what} (it takes {modalities}); "
+                "patch-retriever needs a multimodal LLM that takes images"
+            )
+        transformer.config.image_token_id = found
+    if getattr(processor, "image_processor", None) is None:
+        raise no_image_part(name)
+
+
+def _check_attention(transformer: Transformer, attention: str, name: str) -> None:
+    """Refuse flash attention where it drops a part of the family's mask without a word."""
+    family = family_of(transformer.config)
+    if family and family.two_way and "flash" in attention:
+        raise UserError(
+            f"{name}: {family.name} has tokens that see later ones, which {attention} would hide; "
+            "use sdpa"
+        )
+
+
+def _check_placed(transformer: Transformer, device_map: DeviceMap, name: str) -> None:
+    """Refuse a device map with a part that the model does not have (transformers takes it), and one
+    that offloads a part which cannot be."""
+    model = transformer.model
+    if isinstance(device_map, dict):
+        known = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
+        if unknown := sorted(set(device_map) - known):
+            parts = ", ".join(part for part, _ in model.named_children())
+            raise UserError(
+                f"{name}: a device map with no part of this model ({unknown[0]}); its parts are "
+                f"{parts}"
+            )
+    placed = getattr(model, "hf_device_map", {})
+    offloaded = {"disk"} if set(placed.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
+    family = family_of(transformer.config)
+    for kept, (part, place) in product(family.kept if family else (), placed.items()):
+        if place in offloaded and (_within(kept, part) or _within(part, kept)):
+            raise UserError(
+                f"{name}: its {kept} cannot be offloaded; name a device for it in a device map of "
+                "your own"
+            )
+
+
+def _within(path: str, part: str) -> bool:
+    return part == "" or f"{path}.".startswith(f"{part}.")
 
 
 def pinned(name_or_path: str, revision: str | None = None) -> str | None:
@@ -154,9 +232,30 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def device_of(transformer: Transformer) -> torch.device:
+    """Where a transformer takes its inputs; parts of one with a device map may lie elsewhere."""
+    import torch
+
+    placed = getattr(transformer.model, "hf_device_map", {}).values()
+    on_devices = [device for device in placed if device not in ("cpu", "disk")]
+    if placed:
+        return torch.device(on_devices[0] if on_devices else "cpu")
+    return next(transformer.parameters()).device
+
+
 def set_readout(transformer: Transformer, readout: Readout) -> None:
-    """Make `transformer` read items as `readout` says (its pooling aside)."""
-    transformer.processor.chat_template = readout.prompt.wrap(transformer.processor.chat_template)
+    """Make `transformer` read items as `readout` says (its pooling aside).
+
+    Raises:
+        UserError: the readout's token limit cannot be kept.
+    """
+    processor: Any = transformer.processor
+    processor.chat_template = readout.prompt.wrap(processor.chat_template)
+    # sentence-transformers keeps the ends of templates, and does not see that this one changed
+    getattr(transformer, "_chat_template_suffix_cache", {}).clear()
+    if readout.max_tokens is not None:
+        room = limit_tokens(transformer, readout.max_tokens)
+        processor.chat_template = readout.prompt.wrap(processor.chat_template, room)
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1
@@ -177,5 +276,6 @@ def with_readout(transformer: Transformer, readout: Readout) -> SentenceTransfor
     width = transformer.get_embedding_dimension()
     return SentenceTransformer(
         modules=[transformer, Pooling(width, readout.pooling), Normalize()],
-        device=str(next(transformer.parameters()).device),
+        device=str(device_of(transformer)),
+        prompts=readout.prompts,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
+from dataclasses import dataclass
+from itertools import islice, takewhile
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from patch_retriever.backbones.families import image_token_id
+from patch_retriever.backbones.readout import PROMPT_VARIABLE, has_readout
+from patch_retriever.items import KINDS, Kind
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -22,64 +25,136 @@ class TokenRoles:
     """Tells image, text, instruction and special tokens apart in preprocessed batches.
 
     The template and the instruction are what two different items of one kind share at the start
-    and at the end. What is before the item is `special`, with all that a processor writes around
-    and between image tokens; what is after it is `instruction` up to the first special token,
-    where the template goes on.
+    and at the end; of these, the instruction is what changes when another prompt is asked for. All
+    that a processor writes around and between image tokens is `special`.
     """
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, prompt: str | None = None) -> None:
+        """Learn what `transformer` writes around items under the readout that is set.
+
+        Args:
+            transformer: the backbone.
+            prompt: one that is given at encoding (`encode(..., prompt=)`).
+        """
         self._image = image_token_id(transformer.config)
         tokenizer: Any = transformer.tokenizer
         self._special = torch.tensor(sorted(tokenizer.all_special_ids))
-        texts, both, (self._image_alone,) = self._written(transformer)
-        self._ends = {}
-        for has_image, (a, b) in ((False, texts), (True, both)):
-            tail = _shared(a[::-1], b[::-1])
-            words = sum(1 for _ in takewhile(lambda t: t not in self._special, a[len(a) - tail :]))
-            self._ends[has_image] = _shared(a, b), tail, tail - words
+        self._frames: dict[Kind, _Frame] = {}
+        for kind in KINDS:
+            written = self._written(transformer, kind, prompt)
+            otherwise = self._written(transformer, kind, prompt and _OTHER, _OTHER)
+            self._frames[kind] = _Frame.of(written, otherwise)
+            if kind == "image":
+                self._image_alone = written[0].after
 
     def __call__(self, features: dict[str, Any]) -> Tensor:
         """Role numbers, uint8 (n, tokens); padding counts as special."""
-        ids_nt = features["input_ids"].cpu()
-        mask_nt = features["attention_mask"].cpu().bool()
-        image_nt = ids_nt == self._image
-        position_nt = mask_nt.cumsum(1)  # from 1
-        left_nt = mask_nt.sum(1, keepdim=True) - position_nt + 1  # tokens from here to the end
-        written_nt = position_nt - (position_nt * image_nt).amax(1, keepdim=True)  # after the image
-        has_image_n1 = image_nt.any(1, keepdim=True)
-        alone_n1 = torch.zeros_like(has_image_n1)  # nothing but a picture: all else is prompt
-        for row in has_image_n1[:, 0].nonzero()[:, 0].tolist():
-            after_t = ids_nt[row, mask_nt[row] & (written_nt[row] > 0)]
-            alone_n1[row] = after_t.tolist() == self._image_alone
-        roles_nt = torch.full(ids_nt.shape, ROLES.index("text"), dtype=torch.uint8)
-        for has_image, (head, tail, closing) in self._ends.items():
-            rows_n1 = has_image_n1 == has_image
-            roles_nt[rows_n1 & ((left_nt <= tail) | alone_n1)] = ROLES.index("instruction")
-            outside_nt = (written_nt <= head) | (left_nt <= closing)
-            roles_nt[rows_n1 & outside_nt] = ROLES.index("special")
-        roles_nt[torch.isin(ids_nt, self._special)] = ROLES.index("special")
-        roles_nt[image_nt] = ROLES.index("image")
-        roles_nt[~mask_nt] = ROLES.index("special")
+        ids_nt, mask_nt = features["input_ids"].cpu(), features["attention_mask"].cpu().bool()
+        roles_nt = torch.full(ids_nt.shape, ROLES.index("special"), dtype=torch.uint8)
+        for ids_t, mask_t, roles_t in zip(ids_nt, mask_nt, roles_nt, strict=True):
+            roles_t[mask_t] = self._roles(ids_t[mask_t])
         return roles_nt
 
-    def _written(self, transformer: Transformer) -> list[list[list[int]]]:
-        """Token ids after the image, if any: of two texts, of both with an image, of an image."""
+    def _roles(self, ids_t: Tensor) -> Tensor:
+        """Role numbers of one item's tokens."""
+        item = _Written.of(ids_t.tolist(), self._image)
+        kind: Kind = "text"
+        if item.before:
+            kind = "image" if item.after == self._image_alone else "both"
+        frame, n = self._frames[kind], len(ids_t)
+        roles_t = torch.full(ids_t.shape, ROLES.index("text"), dtype=torch.uint8)
+        roles_t[max(0, n - frame.tail) :] = ROLES.index("instruction")
+        roles_t[max(0, n - frame.closing) :] = ROLES.index("special")
+        roles_t[: len(item.before) + frame.head] = ROLES.index("special")
+        roles_t[frame.before] = ROLES.index("instruction")
+        roles_t[len(item.before) :][frame.between] = ROLES.index("instruction")
+        roles_t[torch.isin(ids_t, self._special)] = ROLES.index("special")
+        roles_t[ids_t == self._image] = ROLES.index("image")
+        return roles_t
+
+    def _written(
+        self, transformer: Transformer, kind: Kind, prompt: str | None, other: str | None = None
+    ) -> list[_Written]:
+        """Two items of a kind as they are written; `other` takes the place of any prompt after
+        them."""
         from PIL import Image
 
         image = {"type": "image", "image": Image.new("RGB", (64, 64))}
         texts = [{"type": "text", "text": text} for text in ("one", "two other words")]
-        kinds = [[text] for text in texts], [[image, text] for text in texts], [[image]]
-        written: list[list[list[int]]] = []
-        for contents in kinds:
-            features = transformer.preprocess([[{"role": "user", "content": c}] for c in contents])
-            written.append([])
-            for ids_t, mask_t in zip(
-                features["input_ids"], features["attention_mask"].bool(), strict=True
-            ):
-                ids = ids_t[mask_t].tolist()
-                last = max((i for i, token in enumerate(ids) if token == self._image), default=-1)
-                written[-1].append(ids[last + 1 :])
-        return written
+        pictures = [] if kind == "text" else [image]
+        contents = [[image]] if kind == "image" else [[*pictures, text] for text in texts]
+        options: dict[str, Any] = {}
+        processor: Any = transformer.processor
+        if other is not None and has_readout(processor.chat_template):
+            options = {"processing_kwargs": {"chat_template": {PROMPT_VARIABLE: other}}}
+        features = transformer.preprocess(
+            [[{"role": "user", "content": content}] for content in contents], prompt, **options
+        )
+        masks_nt = features["attention_mask"].bool()
+        return [
+            _Written.of(ids_t[mask_t].tolist(), self._image)
+            for ids_t, mask_t in zip(features["input_ids"], masks_nt, strict=True)
+        ]
+
+
+_OTHER = "¤"
+"""A prompt that has no token in common with any other."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Token ids of an item: up to its last image token, and after it."""
+
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, ids: list[int], image: int | None) -> _Written:
+        end = max((i + 1 for i, token in enumerate(ids) if token == image), default=0)
+        return cls(ids[:end], ids[end:])
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What surrounds the items of one kind.
+
+    - `head`: tokens between the last picture, or the start, and the item's text.
+    - `tail`: tokens after the text.
+    - `closing`: those at the end of the tail that are the template's.
+    - `before`, `between`: where an instruction before the item stands, from the start, or in the
+      head where the family writes pictures first.
+    """
+
+    head: int
+    tail: int
+    closing: int
+    before: slice
+    between: slice
+
+    @classmethod
+    def of(cls, written: list[_Written], otherwise: list[_Written]) -> _Frame:
+        """From items as they are written, and from the same under another prompt."""
+        head, tail = _ends(written)
+        other_head, other_tail = _ends(otherwise)
+        if len(written) == 1:  # a picture alone: the tail is where the other prompt sets in
+            start = _shared(head, other_head)
+            tail, other_tail = tail[start:], other_tail[start:]
+            head, other_head = head[:start], other_head[:start]
+        closing = _shared(tail[::-1], other_tail[::-1])
+        before = _differing(written[0].before, otherwise[0].before)
+        return cls(len(head), len(tail), closing, before, _differing(head, other_head))
+
+
+def _ends(written: list[_Written]) -> tuple[list[int], list[int]]:
+    """What items of a kind share after the image, at the start and at the end."""
+    a, b = written[0].after, written[-1].after
+    return a[: _shared(a, b)], a[len(a) - _shared(a[::-1], b[::-1]) :]
+
+
+def _differing(a: list[int], b: list[int]) -> slice:
+    """Where `a` is not what `b` is, between the same start and the same end."""
+    start = _shared(a, b)
+    return slice(start, len(a) - _shared(a[start:][::-1], b[start:][::-1]))
 
 
 def _shared(a: list[int], b: list[int]) -> int:
@@ -90,27 +165,32 @@ def _shared(a: list[int], b: list[int]) -> int:
 def image_grids(config: Any, features: dict[str, Any]) -> list[tuple[int, int] | None]:
     """Rows and columns of every item's image tokens; None for an item without an image.
 
+    Several pictures are one row.
+
     Qwen-VL says them (`image_grid_thw`, before its merger). Where every picture becomes a square
     number of tokens in one run, they are its patches row by row. Other layouts (tiles, ends of
     lines) are not known: one row.
     """
     image_nt = features["input_ids"].cpu() == image_token_id(config)
     said = iter(features["image_grid_thw"].tolist()) if "image_grid_thw" in features else None
+    pictures_n = features.get("num_images_per_sample")
     grids: list[tuple[int, int] | None] = []
-    for image_t in image_nt:
+    for row, image_t in enumerate(image_nt):
         position_p = image_t.nonzero()[:, 0]
         n = len(position_p)
         if n == 0:
             grids.append(None)
             continue
         rows, columns = isqrt(n), isqrt(n)
+        pictures = 1 if pictures_n is None else int(pictures_n[row])
         if said is not None:
             merged = config.vision_config.spatial_merge_size
-            rows, columns = (length // merged for length in next(said)[1:])
+            for _, height, width in islice(said, pictures):
+                rows, columns = height // merged, width // merged
         in_one_run = int(position_p[-1] - position_p[0]) == n - 1
         of_one_size = "image_sizes" not in features  # LLaVA-NeXT: ends of lines among them
         one_tile = getattr(config, "image_seq_length", None) or n
         tiled = n > one_tile and n % one_tile == 0  # InternVL: one tile after the other
-        known = rows * columns == n and in_one_run and of_one_size and not tiled
+        known = pictures == 1 and rows * columns == n and in_one_run and of_one_size and not tiled
         grids.append((rows, columns) if known else (1, n))
     return grids

@@ -104,6 +104,13 @@ def _in_one_line(name: str, error: Exception) -> UserError:
         return UserError(f"{name}: its processor needs {package[1]}; `pip install {package[1]}`")
     if "accelerate" in text:
         return UserError(f"{name}: a device map needs accelerate; `pip install accelerate`")
+    if "device_map" in text:
+        return UserError(f"{name}: a device map that does not fit ({first_line(error)})")
+    if "attention" in text.lower():
+        return UserError(
+            f"{name}: that attention cannot be used ({first_line(error)}); leave it out for "
+            "transformers' choice"
+        )
     if "load image processor" in text:
         return no_image_part(name)
     reason = _damage(Path(name)) or first_line(error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from patch_retriever.backbones.families import decoder_path
+from patch_retriever.backbones.families import final_norm_path
 from patch_retriever.backbones.readout import LAST
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def nearest_tokens(
     tokenizer: Any = transformer.tokenizer
     unembedding_vd, source = _unembedding(model)
     unembedding_vd = unembedding_vd[: len(tokenizer)]  # models pad it
-    norm = model.get_submodule(decoder_path(model) + ".norm") if site != LAST else None
+    norm = model.get_submodule(final_norm_path(model)) if site != LAST else None
     ids: list[list[int]] = []
     with torch.no_grad():
         for part_md in directions_cd.split(max(1, CHUNK_LOGITS // len(unembedding_vd))):

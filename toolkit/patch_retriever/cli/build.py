@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option(
-    "--revision", help="Of a hub id: a branch, a tag or a commit. [default: the newest commit]"
-)
+@options.revision
 @click.option(
     "--pairs",
     metavar="FILE|FOLDER|datasets:ID|scenes",
@@ -40,6 +38,19 @@ if TYPE_CHECKING:
     help="auto tries readouts on validation, paper pins the paper's. [default: auto]",
 )
 @click.option(
+    "--prompt",
+    metavar="plain|paper|one-word|e5v|FILE.yaml",
+    help="The only prompt to try, by name or your own (docs/inputs.md).",
+)
+@click.option(
+    "--pooling", type=click.Choice(["mean", "lasttoken"]), help="The only pooling to try."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Longest input in tokens; texts are cut, pictures never. [default: the model's own]",
+)
+@click.option(
     "--sae",
     metavar="FOLDER|ID",
     help="An SAE to use instead of training one: SAELens, sparsify, dictionary_learning.",
@@ -53,8 +64,24 @@ if TYPE_CHECKING:
 @click.option("--device", help="torch device. [default: cpu]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the model. [default: float32]",
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    help="Of the model; auto is that of its files. [default: float32]",
+)
+@click.option(
+    "--device-map",
+    metavar="auto|JSON",
+    help="In place of --device: auto spreads the model over all devices, the CPU and the disk.",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of a picture, where the model makes more tokens of a larger one.",
+)
+@click.option(
+    "--attention",
+    metavar="NAME",
+    help="sdpa, eager, flash_attention_2, ... [default: transformers' choice]",
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Items per forward pass. [default: 64]")
 @click.option(
@@ -75,11 +102,17 @@ def build(
     out: Path,
     config_file: Path | None,
     preset: str | None,
+    prompt: str | None,
+    pooling: str | None,
+    max_tokens: int | None,
     sae: str | None,
     codes: str | None,
     seed: int | None,
     device: str | None,
     dtype: str | None,
+    device_map: str | None,
+    max_pixels: int | None,
+    attention: str | None,
     batch_size: int | None,
     skip_bad: bool | None,
     dry_run: bool,
@@ -97,10 +130,10 @@ def build(
     patch-retriever build org/model --pairs pairs.jsonl --preset paper -o mine
     patch-retriever build --config settings.yaml --seed 1 -o mine
 
-    PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"}; a CSV,
-    TSV or Parquet file with such columns; WebDataset shards ("shards/{0000..0031}.tar");
-    datasets:org/name[/config][:split], from the hub or a folder; or a folder of any of these, or
-    of pictures with .txt files of the same name.
+    PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"} (or a
+    list of either); a CSV, TSV or Parquet file with such columns; WebDataset shards
+    ("shards/{0000..0031}.tar"); datasets:org/name[/config][:split], from the hub or a folder; or a
+    folder of any of these, or of pictures with .txt files of the same name.
     """
     from patch_retriever.config import BuildConfig
     from patch_retriever.runs import check_out
@@ -114,11 +147,17 @@ def build(
         text_column=text_column,
         allow_urls=allow_urls,
         preset=preset,
+        prompt=prompt,
+        pooling=pooling,
+        max_tokens=max_tokens,
         sae_from=sae,
         codes=codes,
         seed=seed,
         device=device,
         dtype=dtype,
+        device_map=_device_map(device_map),
+        max_pixels=max_pixels,
+        attention=attention,
         batch_size=batch_size,
         skip_bad=skip_bad,
     )
@@ -140,6 +179,16 @@ def build(
     card, report = result.folder / "README.md", result.folder / "report" / "report.html"
     loads = f'SentenceTransformer("{result.folder}") loads it'
     click.echo(f"\n{loads}; the card is {card}, the report {report}")
+
+
+def _device_map(said: str | None) -> str | dict[str, Any] | None:
+    """A device map as transformers takes it: a word, or a JSON object of parts and devices."""
+    if said is None or not said.lstrip().startswith("{"):
+        return said
+    try:
+        return dict(json.loads(said))
+    except ValueError:
+        raise click.BadParameter(f"{said!r}: not a JSON object of parts and devices") from None
 
 
 def plan(out: Path, config: BuildConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 )
 @options.role
 @options.skip_bad
+@options.revision
 @options.device
 @options.items_per_pass
 @options.workers
@@ -34,14 +35,16 @@ def encode(
     out: Path,
     role: Role,
     skip_bad: bool,
+    revision: str | None,
     device: str,
     batch_size: int,
     workers: int,
 ) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
-    ITEMS is a folder of pictures, or rows that hold "text", "image" (a path, relative to the file)
-    or both: JSON lines, CSV, Parquet, tar shards, or datasets:org/name[/config][:split].
+    ITEMS is a folder of pictures, or rows that hold "text", "image" (a path, relative to the file,
+    or a list of paths) or both: JSON lines, CSV, Parquet, tar shards, or
+    datasets:org/name[/config][:split].
 
     \b
     patch-retriever encode demo gallery.jsonl -o gallery.npy
@@ -61,7 +64,7 @@ def encode(
     if skip_bad:
         kept, unreadable = readable(corpus.items, narrator.progress, workers)
         chosen, skipped = Lazy(kept, corpus.items.__getitem__), skipped + unreadable
-    encoder = load_encoder(model, device, workers=workers)
+    encoder = load_encoder(model, device, revision, workers=workers)
     shape = encode_file(encoder, chosen, out, role, batch_size, narrator.progress)
     for line in skipped:
         click.echo(f"left out: {line}", err=True)

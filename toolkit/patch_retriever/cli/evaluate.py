@@ -130,6 +130,7 @@ def _reading(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of embeddings.  [default: OUT/embeddings, or none]",
 )
+@options.revision
 @options.device
 @options.items_per_pass
 @options.workers
@@ -149,6 +150,7 @@ def evaluate(
     html: Path | None,
     out: Path | None,
     cache: Path | None,
+    revision: str | None,
     device: str,
     batch_size: int,
     workers: int,
@@ -203,6 +205,7 @@ def evaluate(
             batch_size,
             narrator.say,
             narrator.progress,
+            revision,
             workers=workers,
         )
     figures = to_json(found)

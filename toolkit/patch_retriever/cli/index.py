@@ -40,6 +40,7 @@ from patch_retriever.cli import options
     is_flag=True,
     help="Do not keep the pooled vectors, which migration and a later --add use.",
 )
+@options.revision
 @options.device
 @options.items_per_pass
 @options.workers
@@ -53,6 +54,7 @@ def index(
     role: str,
     skip_bad: bool,
     drop_embeddings: bool,
+    revision: str | None,
     device: str,
     batch_size: int,
     workers: int,
@@ -80,7 +82,7 @@ def index(
     quiet_libraries()
     narrator = Narrator()
     corpus = read_corpus(source, skip_bad=skip_bad)
-    encoder = load_encoder(model, device, workers=workers)
+    encoder = load_encoder(model, device, revision, workers=workers)
     if add:
         done = add_corpus(
             corpus, encoder, out, skip_bad, batch_size, narrator.progress, narrator.say
@@ -125,8 +127,9 @@ def index_remove(index: Path, ids: tuple[str, ...]) -> None:
     metavar="NEW",
     help="Folder of the new index.",
 )
+@options.revision
 @options.device
-def index_migrate(index: Path, model: str, out: Path, device: str) -> None:
+def index_migrate(index: Path, model: str, out: Path, revision: str | None, device: str) -> None:
     """Write INDEX anew for another MODEL and encode nothing.
 
     That works where the two differ after the pooling alone: a patch of pooled vectors against
@@ -140,5 +143,5 @@ def index_migrate(index: Path, model: str, out: Path, device: str) -> None:
     from patch_retriever.retrieval.index.migration import migrate
 
     quiet_libraries()
-    count = migrate(index, load_encoder(model, device), out, Narrator().say)
+    count = migrate(index, load_encoder(model, device, revision), out, Narrator().say)
     click.echo(f"{out}: {count} items for {model}")

@@ -46,7 +46,8 @@ from patch_retriever.errors import UserError
 )
 @click.option(
     "--revision",
-    help="The model's revision on the hub. [default: a hash of all that decides its vectors]",
+    help="Of a hub id: a branch, a tag or a commit, which results are also filed under. "
+    "[default: the newest commit, filed under a hash of all that decides its vectors]",
 )
 @options.device
 @options.items_per_pass

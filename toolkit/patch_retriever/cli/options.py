@@ -11,6 +11,9 @@ from patch_retriever.ahead import WORKERS
 out_folder = click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
 )
+revision = click.option(
+    "--revision", help="Of a hub id: a branch, a tag or a commit. [default: the newest commit]"
+)
 device = click.option("--device", default="cpu", show_default=True, help="torch device.")
 items_per_pass = click.option(
     "--batch-size",

@@ -31,6 +31,7 @@ from patch_retriever.cli import options
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a page with thumbnails.",
 )
+@options.revision
 @options.device
 @options.items_per_pass
 @options.as_json
@@ -43,16 +44,19 @@ def search(
     nprobe: int | None,
     ef_search: int | None,
     html: Path | None,
+    revision: str | None,
     device: str,
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Find the items of INDEX that are nearest to every QUERY: a text, a picture's path, or both.
+    """Find the items of INDEX that are nearest to every QUERY: a text, a picture's path, or both;
+    a QUERY may have several pictures.
 
     \b
     patch-retriever search photos-index "a red bag"
     patch-retriever search photos-index photo.jpg --html found.html
     patch-retriever search photos-index "photo.jpg + but in blue" -k 5 --json
+    patch-retriever search photos-index "front.jpg + back.jpg"
     """
     from patch_retriever.cli.progress import quiet_libraries
     from patch_retriever.items import Item
@@ -70,7 +74,7 @@ def search(
     for item in asked:
         item.check_picture()
     quiet_libraries()
-    encoder = load_encoder(model or maker(index), device)
+    encoder = load_encoder(model or maker(index), device, revision)
     opened = SavedIndex(index, encoder, gpu=device.startswith("cuda"))
     settings = {"nprobe": nprobe, "efSearch": ef_search}
     answers = answer(

@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     help="Repeat tokens that the readout pools until they are this share (0.5 suits a last token).",
 )
 @click.option("--model", default="tiny-mllm", show_default=True, help="Backbone, without a STORE.")
+@options.revision
 @click.option("--pairs", default="scenes", show_default=True, help="Its items, without a STORE.")
 @click.option(
     "--prompt",
@@ -126,6 +127,7 @@ def train_sae(
     given: tuple[str, ...],
     pooled_share: float,
     model: str,
+    revision: str | None,
     pairs: str,
     prompt: str,
     device: str,
@@ -179,6 +181,7 @@ def train_sae(
         store,
         settings,
         model=model,
+        revision=revision,
         pairs=pairs,
         prompt=prompt,
         pooled_share=pooled_share,

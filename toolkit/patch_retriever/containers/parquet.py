@@ -172,10 +172,17 @@ def picture_fields(kind: pa.DataType) -> tuple[str | None, str | None]:
     """What follows a column's name for the bytes of its pictures, and for their paths.
 
     `(".bytes", ".path")` for the struct that `datasets` writes, `("", None)` for bytes; all else
-    is taken for paths.
+    is taken for paths. In a list of any of these the same, after what Parquet calls its elements.
     """
     import pyarrow as pa
 
+    if is_list(kind):
+        within = f".list.{kind.value_field.name}"
+        bytes_, paths = picture_fields(kind.value_type)
+        return (
+            None if bytes_ is None else within + bytes_,
+            None if paths is None else within + paths,
+        )
     if pa.types.is_struct(kind):
         names = {kind.field(i).name for i in range(kind.num_fields)}
         return (
@@ -185,6 +192,13 @@ def picture_fields(kind: pa.DataType) -> tuple[str | None, str | None]:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return "", None
     return None, ""
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists."""
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A name is a path (`photos/a.jpg`), or the path of the file that holds the picture, `#`, and where it
 is in there: `shard-0001.tar#img/12.jpg`, `part-0.parquet#image/12` (column and row, from 0),
-`datasets:org/name:train#image/12`.
+`datasets:org/name:train#image/12`. Of a list of pictures the place, too: `image/12.0`.
 """
 
 from __future__ import annotations
@@ -81,20 +81,21 @@ class ParquetColumn:
 
 @dataclass(frozen=True)
 class ParquetPicture(_Stored):
-    """A picture in a Parquet file."""
+    """A picture in a Parquet file; `place` is that in the list of its row, where there is one."""
 
     column: ParquetColumn
     row: int
+    place: int | None = None
 
     @property
     def name(self) -> str:
-        """The file's path, the column and the row."""
-        return f"{self.column.path}#{self.column.column}/{self.row}"
+        """The file's path, the column, the row and perhaps the place."""
+        return f"{self.column.path}#{self.column.column}/{_row(self.row, self.place)}"
 
     @property
     def locator(self) -> str:
         """With the whole path of the file."""
-        return f"{self.column.path.resolve()}#{self.column.column}/{self.row}"
+        return f"{self.column.path.resolve()}#{self.column.column}/{_row(self.row, self.place)}"
 
     def read(self) -> bytes:
         """The bytes of the picture.
@@ -102,28 +103,32 @@ class ParquetPicture(_Stored):
         Raises:
             UserError: there are none, or the file cannot be read.
         """
-        value = self.column.bytes[self.row][self.column.column]
-        return _bytes(value, self.name)
+        return _bytes(self.column.bytes[self.row][self.column.column], self.place, self.name)
 
 
 @dataclass(frozen=True)
 class DatasetPicture(_Stored):
-    """A picture in a dataset of `datasets`, undecoded; `table` is the dataset as Arrow."""
+    """A picture in a dataset of `datasets`, undecoded.
+
+    `table` is the dataset as Arrow, `place` that in the list of its row.
+    """
 
     location: str
     column: str
     row: int
     table: Any = field(repr=False, compare=False)
+    place: int | None = None
 
     @property
     def name(self) -> str:
-        """The dataset, the column and the row."""
-        return f"{DATASETS}{self.location}#{self.column}/{self.row}"
+        """The dataset, the column, the row and perhaps the place."""
+        return f"{DATASETS}{self.location}#{self.column}/{_row(self.row, self.place)}"
 
     @property
     def locator(self) -> str:
         """With the whole path of a dataset that lies here."""
-        return f"{DATASETS}{lasting(self.location)}#{self.column}/{self.row}"
+        where = f"{DATASETS}{lasting(self.location)}#{self.column}"
+        return f"{where}/{_row(self.row, self.place)}"
 
     def read(self) -> bytes:
         """The bytes of the picture.
@@ -133,12 +138,18 @@ class DatasetPicture(_Stored):
         """
         if not 0 <= self.row < len(self.table):
             raise UserError(f"{self.name}: {len(self.table)} rows, so none with this number")
-        return _bytes(self.table[self.row][self.column][0].as_py(), self.name)
+        return _bytes(self.table[self.row][self.column][0].as_py(), self.place, self.name)
 
 
-def _bytes(value: Any, name: str) -> bytes:
-    """Bytes of a cell; its path stands in where it has none."""
+def _row(row: int, place: int | None) -> str:
+    return f"{row}" if place is None else f"{row}.{place}"
+
+
+def _bytes(value: Any, place: int | None, name: str) -> bytes:
+    """Bytes of a cell, or of a place in its list; its path stands in where it has none."""
     path = None
+    if isinstance(value, list):
+        value = value[place] if place is not None and place < len(value) else None
     if isinstance(value, Mapping):
         value, path = value.get("bytes"), value.get("path")
     if isinstance(value, bytes):
@@ -189,17 +200,17 @@ class PictureStores:
         return TarPicture(Path(tar), self._tars[tar][within])
 
     def _in_parquet(self, name: str, path: str, within: str) -> Picture:
-        column, row = _cell(name, within)
+        column, row, place = _cell(name, within)
         store = self._columns.get((path, column))
         if store is None:
             store = self._columns[path, column] = ParquetColumn(Path(path), column, self._turn)
         if row >= len(store.bytes):
             raise UserError(f"{name}: {len(store.bytes)} rows, so none with this number")
-        return store.picture(row)
+        return ParquetPicture(store, row, place)
 
     def _in_dataset(self, name: str) -> Picture:
         location, _, within = name.removeprefix(DATASETS).rpartition("#")
-        column, row = _cell(name, within)
+        column, row, place = _cell(name, within)
         if (location, column) not in self._datasets:
             whole = load(location)
             if column not in whole.column_names:
@@ -208,15 +219,16 @@ class PictureStores:
         table = self._datasets[location, column]
         if row >= len(table):
             raise UserError(f"{name}: {len(table)} rows, so none with this number")
-        return DatasetPicture(location, column, row, table)
+        return DatasetPicture(location, column, row, table, place)
 
 
-def _cell(name: str, within: str) -> tuple[str, int]:
-    """Column and row."""
-    column, _, row = within.rpartition("/")
-    if not column or not row.isdecimal():
+def _cell(name: str, within: str) -> tuple[str, int, int | None]:
+    """Column and row, and the place in a list of pictures."""
+    column, _, cell = within.rpartition("/")
+    row, point, place = cell.partition(".")
+    if not column or not row.isdecimal() or (point and not place.isdecimal()):
         raise UserError(f"{name}: a column and a row expected after the #, such as image/12")
-    return column, int(row)
+    return column, int(row), int(place) if point else None
 
 
 def locator(picture: Picture) -> str:

@@ -34,6 +34,20 @@ scores = model.similarity(queries, documents)
 ```
 
 - **readout**: {{ readout }} ({{ chosen_how }}).
+{% if instruction == "user" %}
+- **prompts**: the readout's own is said after every item; `encode(..., prompt="...")` says another
+  in its place.
+{% else %}
+- **prompts**: the readout's own is said after every item; `encode(..., prompt="...")` says another
+  as a system message before it.
+{% endif %}
+{% if prompts %}
+  `prompt_name=` knows the paper's for either side of every direction: {{ prompts | join(", ") }}.
+{% endif %}
+{% if max_tokens %}
+- **token limit**: {{ max_tokens }}; of longer items the text is cut, never the pictures or the
+  prompt.
+{% endif %}
 - **patch**: {{ exported }} ({{ setting }}), which needs {{ needs }}; operators: {{ operators }}.
 - **live, exported and reloaded agree**: largest difference {{ golden }} on the golden inputs
   (`python golden/check.py` repeats the check where you are).

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 import patch_retriever
+from patch_retriever.backbones.load import device_of
 from patch_retriever.concepts.query import TABLE
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
@@ -45,7 +46,7 @@ def write_report(
     tried = json.loads((run / "readout" / "readout.json").read_text())["scores"]
     metrics = json.loads((run / "sae" / "cfg.json").read_text())["metadata"]["metrics"]
     readout, patch = load_readout(run / "readout"), Patch.load(run / "select" / "patch")
-    sae = load_sae(run / "sae").to(next(transformer.parameters()).device)
+    sae = load_sae(run / "sae").to(device_of(transformer))
     scores = pq.read_table(run / "score" / TABLE)
     energy_c, modality_c = scores["energy"].to_numpy(), scores["modality"].to_numpy()
     cards = concept_cards(

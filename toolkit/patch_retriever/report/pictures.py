@@ -31,7 +31,7 @@ class Shown:
 
 
 def show(item: Item, side: int = SIDE) -> Shown:
-    """An item with a thumbnail of its picture.
+    """An item with a thumbnail of its picture, of several the first.
 
     Raises:
         UserError: its picture cannot be read any more.

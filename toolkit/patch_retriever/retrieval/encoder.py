@@ -31,6 +31,7 @@ from patch_retriever.backbones.load import (
 from patch_retriever.backbones.strict import strict_loading
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import value_hash
+from patch_retriever.hub import commit_of
 from patch_retriever.items import Item
 from patch_retriever.retrieval.fingerprint import modules_fingerprint
 
@@ -146,6 +147,8 @@ class Encoder:
         Raises:
             UserError: a picture cannot be read, or the model does not take such items.
         """
+        from jinja2 import TemplateError
+
         said = self.prompt(role, prompt) or None
         batches = self._preparer.batches(items, batch_size, prompt=said, task=role)
         with closing(batches):
@@ -155,7 +158,7 @@ class Encoder:
                     rows_nw = self._run(on_device(features, self.device), role)
                 except StopIteration:
                     return
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, TemplateError) as error:
                     reason = first_line(error)
                     raise UserError(f"{self.name}: cannot encode these items ({reason})") from error
                 yield numbers, rows_nw
@@ -219,9 +222,12 @@ class _Take(nn.Module):
         return {"at": self.at, "width": self.width}
 
 
-def load_encoder(name: str, device: str = "cpu", *, workers: int = WORKERS) -> Encoder:
+def load_encoder(
+    name: str, device: str = "cpu", revision: str | None = None, *, workers: int = WORKERS
+) -> Encoder:
     """An encoder of any sentence-transformers model: a folder, a hub id, the built-in model, or
     `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
+    `revision` of a hub id is a branch, a tag or a commit; None for the newest.
 
     Raises:
         UserError: there is none of that name, or it does not load whole.
@@ -229,12 +235,15 @@ def load_encoder(name: str, device: str = "cpu", *, workers: int = WORKERS) -> E
     from sentence_transformers import SentenceTransformer
 
     check_device(device)
+    path = str(built_in_model()) if name == BUILT_IN else name
+    if revision is not None and (name.endswith(BASE) or Path(path).exists()):
+        raise UserError(f"{name}: a folder has no revisions; leave {revision!r} out")
     if name.endswith(BASE):
         return _load_base(name, device, workers)
-    path = str(built_in_model()) if name == BUILT_IN else name
     check_model(path)
+    commit = None if revision is None else commit_of(path, revision)
     with strict_loading(name):
-        model = SentenceTransformer(path, device=device)
+        model = SentenceTransformer(path, device=device, revision=commit)
     return Encoder(model, name, workers=workers)
 
 

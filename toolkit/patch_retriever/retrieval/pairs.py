@@ -17,11 +17,12 @@ SHARES = {"calibration": 0.5, "validation": 0.2, "test": 0.3}
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture with a text that is true of it. `content` is the hash of the picture's bytes."""
+    """A picture, or several, with a text that is true of it. `content` is the hash of the bytes."""
 
     picture: Picture
     text: str
     content: str
+    more_pictures: tuple[Picture, ...] = ()
 
 
 def texts_are_shared(pairs: Sequence[Pair]) -> bool:
@@ -76,10 +77,10 @@ def pairs_collection(split: str, pairs: Sequence[Pair]) -> Collection:
     spoken = {_normal(pair.text): pair.text for pair in reversed(pairs)}
     number = {text: i for i, text in enumerate(texts)}
     text_items = [Item(spoken[text]) for text in texts]
-    pictures = {pair.content: pair.picture for pair in reversed(pairs)}
+    pictures = {p.content: (p.picture, *p.more_pictures) for p in reversed(pairs)}
     shown = {content: i for i, content in enumerate(dict.fromkeys(p.content for p in pairs))}
-    picture_items = [Item(picture=pictures[content]) for content in shown]
-    both_items = [Item(pair.text, pair.picture) for pair in pairs]
+    picture_items = [Item.of(None, pictures[content]) for content in shown]
+    both_items = [Item(p.text, p.picture, p.more_pictures) for p in pairs]
     text_numbers = tuple(range(len(texts)))
     picture_numbers = tuple(range(len(texts), len(texts) + len(shown)))
     of_text: dict[int, set[int]] = defaultdict(set)

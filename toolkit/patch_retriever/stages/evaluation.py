@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,9 @@ def evaluate_on_test(
     selection = json.loads((selected / "selection.json").read_text())
     chosen = {choice["method"]: choice for choice in selection["methods"]}
     collection = data.splits["test"]
-    pooled = collect_pooled(
-        transformer, collection.items, [PAPER_READOUT], config.batch_size, progress
-    )
-    outcome = evaluate_pooled(pooled[PAPER_READOUT], collection)
+    paper = replace(PAPER_READOUT, max_tokens=config.max_tokens)
+    pooled = collect_pooled(transformer, collection.items, [paper], config.batch_size, progress)
+    outcome = evaluate_pooled(pooled[paper], collection)
     rows = [Row("base, the paper's readout", "nothing", {}, None, False, outcome)]
     test = Features.load(features / "test.safetensors")
     found = [method for method in methods(calibration) if method.name in chosen]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patch_retriever.activations.collect import collect_features
+from patch_retriever.backbones.load import device_of
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.data import SPLITS, Data
 from patch_retriever.progress import Progress
@@ -27,7 +28,7 @@ def collect_splits(
     progress: Progress,
 ) -> None:
     """Pooled vectors and pooled codes of every split, one file each."""
-    sae = load_sae(sae_folder).to(next(transformer.parameters()).device)
+    sae = load_sae(sae_folder).to(device_of(transformer))
     for split in SPLITS:
         collection = data.splits[split]
         kinds_n = torch.from_numpy(collection.kinds())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patch_retriever.activations.collect import collect_pooled
 from patch_retriever.backbones.families import n_layers
-from patch_retriever.backbones.readout import PAPER_READOUT, Readout, readout_grid
+from patch_retriever.backbones.readout import PAPER_READOUT, POOLINGS, TRIED, Readout, readout_grid
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
 from patch_retriever.files import write_json
@@ -28,10 +29,14 @@ def choose_readout(
 ) -> None:
     """Try every readout of the grid on validation; writes `readout.json` (all scores, the best)."""
     if config.preset == "paper":
-        write_json(folder / "readout.json", {"chosen": PAPER_READOUT.to_json(), "scores": {}})
+        chosen = replace(PAPER_READOUT, max_tokens=config.max_tokens)
+        write_json(folder / "readout.json", {"chosen": chosen.to_json(), "scores": {}})
         return
     validation = data.splits["validation"]
-    grid = list(readout_grid(n_layers(transformer.model)))
+    prompts = TRIED if config.prompt is None else (config.prompt,)
+    poolings = POOLINGS if config.pooling is None else (config.pooling,)
+    layers = n_layers(transformer.model)
+    grid = list(readout_grid(layers, prompts, poolings, config.max_tokens))
     pooled = collect_pooled(transformer, validation.items, grid, config.batch_size, progress)
     scores = {}
     for readout, pooled_nd in pooled.items():

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from patch_retriever.ahead import WORKERS
+from patch_retriever.errors import UserError
+from patch_retriever.hub import is_hub_id
 from patch_retriever.patch.artefact import CONFIG
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.retrieval.comparison.baselines import Baseline, baselines
@@ -42,6 +44,7 @@ def compare_models(
     batch_size: int = 64,
     say: Say = silent,
     progress: Progress = no_progress,
+    revision: str | None = None,
     *,
     workers: int = WORKERS,
 ) -> Comparison:
@@ -51,6 +54,7 @@ def compare_models(
         cache: folder of the embedding stores; what lies there is not encoded again.
         keep: folder for the files of trials; what lies there is not searched again.
         calibration: tasks whose items the deployable baselines take their statistics from.
+        revision: of the one hub id among the names: a branch, a tag or a commit.
 
     Raises:
         UserError: a model does not load or does not take a task's items, an item cannot be read,
@@ -61,12 +65,19 @@ def compare_models(
     names = list(dict.fromkeys(names))
     for name in names:
         check_model(name.removesuffix(BASE))
+    on_hub = [name for name in names if _is_on_hub(name)]
+    if revision is not None and len(on_hub) != 1:
+        raise UserError(
+            f"a revision is of one hub id, and {len(on_hub)} are named; fetch the others to "
+            "folders (`hf download`), or leave it out"
+        )
     labels = short_names(names)
     rows: list[Row] = []
     judged: dict[str, RetrievalTask] = {}
     for name in names:
         say(f"{name}: encoding and searching")
-        encoder = load_encoder(name, device, workers=workers)
+        at = revision if name in on_hub else None
+        encoder = load_encoder(name, device, at, workers=workers)
         if settings.index:
             for task in tasks.values():
                 check_factory(settings.index, len(task.candidate_ids), encoder.dimension)
@@ -84,6 +95,10 @@ def compare_models(
         for correction, found in zip(corrections, trials, strict=True):
             rows.append(_row(name, labels[name], encoder, correction, found))
     return Comparison(judged, tuple(rows), settings)
+
+
+def _is_on_hub(name: str) -> bool:
+    return not name.endswith(BASE) and is_hub_id(name) and not Path(name).exists()
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

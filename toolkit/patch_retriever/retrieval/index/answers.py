@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hit:
-    """An item that was found; `picture` is the name by which `picture_at` opens it."""
+    """An item that was found; `picture` is the name by which `picture_at` opens it (of several
+    pictures the first)."""
 
     rank: int
     score: float
@@ -40,8 +41,8 @@ class Answer:
     @property
     def asked(self) -> str:
         """The query as it is written on the command line."""
-        picture = self.query.picture and self.query.picture.name
-        return " + ".join(part for part in (picture, self.query.text) if part)
+        pictures = [picture.name for picture in self.query.pictures]
+        return " + ".join(part for part in (*pictures, self.query.text) if part)
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""

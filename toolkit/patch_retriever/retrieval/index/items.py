@@ -24,8 +24,8 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """An item of an index: its number there, its id, its text, its picture's name, its content
-    (the first half of its hash, in hex)."""
+    """An item of an index: its number there, its id, its text, its (first) picture's name, its
+    content (the first half of its hash, in hex)."""
 
     number: int
     id: str

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patch_retriever.errors import UserError
+from patch_retriever.hub import is_hub_id
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import to_rgb
 from patch_retriever.retrieval.encode import write_vectors
@@ -75,7 +76,8 @@ class MtebEncoder:
 
         Args:
             model: an encoder, or what `load_encoder` takes.
-            revision: what results are filed under; by default the model's fingerprint.
+            revision: what results are filed under, and of a hub id what is loaded; by default the
+                newest commit, and the model's fingerprint to file under.
             device: torch device, for a model given by name.
             name: `organization/name`, as mteb wants it; by default the hub id, or `local/FOLDER`.
             task_prompts: give the model the instructions of the tasks, in place of its own.
@@ -84,7 +86,10 @@ class MtebEncoder:
             UserError: the model does not load, or `name` is no such name.
         """
         import_mteb()
-        self.encoder = load_encoder(model, device) if isinstance(model, str) else model
+        if isinstance(model, str):
+            on_hub = revision if is_hub_id(model) and not Path(model).exists() else None
+            model = load_encoder(model, device, on_hub)
+        self.encoder = model
         self._task_prompts = task_prompts
         self.mteb_model_meta = _metadata(self.encoder, name, revision, self._experiment())
 

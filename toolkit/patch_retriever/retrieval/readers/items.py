@@ -80,8 +80,8 @@ def _item(row: Row) -> Item:
         raise UserError(row.fault)
     if (
         not isinstance(row.text, str | None)
-        or row.unusable not in (None, "")
-        or not (row.text or row.picture)
+        or row.unusable not in (None, "", [])
+        or not (row.text or row.pictures)
     ):
         raise UserError(f'{row.where}: "text", "image" or both expected, as strings')
-    return Item(row.text or None, row.picture)
+    return Item.of(row.text or None, row.pictures)

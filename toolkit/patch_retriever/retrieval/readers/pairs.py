@@ -40,8 +40,8 @@ def read_pairs(
     No picture's bytes stay in memory.
 
     Args:
-        source: what `open_source` opens: rows of a picture and a text, or of a picture and a list
-            of texts, each of which makes a pair.
+        source: what `open_source` opens: rows of a picture, or a list of pictures, and a text, or a
+            list of texts, each of which makes a pair.
         skip_bad: leave out rows that cannot be used, instead of stopping at the first.
         progress: wraps the rows to show progress.
         reading: names of columns, where pictures lie, whether they may be downloaded.
@@ -78,19 +78,22 @@ def _checked(row: Row, reading: Reading) -> Iterator[Pair]:
     """The pairs of a row, one for each of its texts."""
     if row.fault:
         raise UserError(row.fault)
-    if row.picture is None:
+    if not row.pictures:
         raise UserError(f"{row.where}: no image (under {', '.join(reading.image_columns)})")
     texts = row.text if isinstance(row.text, list) else [row.text]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f"{row.where}: no text (under {', '.join(reading.text_columns)})")
     try:
-        row.picture.open()
-        content = row.picture.content_hash()
+        for picture in row.pictures:
+            picture.open()
+        contents = [picture.content_hash() for picture in row.pictures]
     except UserError as error:
         line = str(error)
         raise UserError(line if line.startswith(row.where) else f"{row.where}: {line}") from None
+    first, *more = row.pictures
+    content = value_hash(contents) if more else contents[0]
     for text in texts:
-        yield Pair(row.picture, text.strip(), content)
+        yield Pair(first, text.strip(), content, tuple(more))
 
 
 def pairs_fingerprint(source: str | Path, reading: Reading = AS_USUAL) -> str:
@@ -98,8 +101,9 @@ def pairs_fingerprint(source: str | Path, reading: Reading = AS_USUAL) -> str:
     opened = open_source(str(source), reading)
     rows = []
     for row in opened.rows():
-        path = row.picture.path if isinstance(row.picture, PictureFile) else None
-        rows.append([row.where, str(row.text), row.picture and row.picture.name, _stat(path)])
+        paths = [p.path if isinstance(p, PictureFile) else None for p in row.pictures]
+        pictures = [[p.name, _stat(path)] for p, path in zip(row.pictures, paths, strict=True)]
+        rows.append([row.where, str(row.text), pictures])
     return value_hash([rows, [[str(path), _stat(path)] for path in opened.containers]])
 
 

@@ -33,12 +33,12 @@ class PictureFolder:
     def row(self, key: int) -> Row:
         """That of the picture with this number."""
         path = self._paths[key]
-        own_id, picture = path.relative_to(self.folder).as_posix(), PictureFile(path)
+        own_id, pictures = path.relative_to(self.folder).as_posix(), (PictureFile(path),)
         beside = path.with_suffix(".txt")
         if not self.texts or not beside.is_file():
-            return Row(str(path), key, own_id, picture)
+            return Row(str(path), key, own_id, pictures)
         try:
-            return Row(str(path), key, own_id, picture, beside.read_text(encoding="utf-8"))
+            return Row(str(path), key, own_id, pictures, beside.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, OSError) as error:
             fault = f"{beside}: not a UTF-8 text file ({error})"
             return Row(str(path), key, own_id, fault=fault)

@@ -8,8 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from patch_retriever.containers.parquet import ParquetRows, Turn, parquet_schema, picture_fields
-from patch_retriever.pictures.stores import ParquetColumn
+from patch_retriever.containers.parquet import (
+    ParquetRows,
+    Turn,
+    is_list,
+    parquet_schema,
+    picture_fields,
+)
+from patch_retriever.pictures.stores import ParquetColumn, ParquetPicture
 from patch_retriever.retrieval.readers.sources.rows import Reading, Row
 
 
@@ -58,8 +64,11 @@ class _File:
         columns = reading.columns(schema.names, str(path))
         read = [name for name in (columns.id, columns.text) if name is not None]
         self._pictures: ParquetColumn | None = None
+        self._lists = False
         if columns.image is not None:
-            bytes_, paths = picture_fields(schema.field(columns.image).type)
+            kind = schema.field(columns.image).type
+            self._lists = is_list(kind)
+            bytes_, paths = picture_fields(kind)
             if bytes_ is not None:
                 self._pictures = ParquetColumn(path, columns.image, of_pictures)
             if paths is not None:
@@ -70,13 +79,24 @@ class _File:
         """The row of this number."""
         n = key - self.first
         record = self.records[n]
-        picture = None
-        if self._pictures is not None and not self._without_bytes[n]:
+        pictures = self._stored(n)
+        if self._pictures is not None and pictures:
             record.pop(self._pictures.column, None)  # the path says where the bytes came from
-            picture = self._pictures.picture(n)
         where, other_id = f"{self.path}:{n}", f"{self.path.name}:{n}"
         row = self._reading.row(where, key, record, self.path.parent, other_id)
-        return row if picture is None else replace(row, picture=picture)
+        return replace(row, pictures=pictures) if pictures else row
+
+    def _stored(self, n: int) -> tuple[ParquetPicture, ...]:
+        """The pictures of a row whose bytes are here."""
+        column = self._pictures
+        if column is None:
+            return ()
+        if self._lists:
+            cells = column.bytes[n][column.column] or []
+            stored = [c.get("bytes") if isinstance(c, dict) else c for c in cells]
+            places = range(len(stored)) if all(stored) else ()
+            return tuple(ParquetPicture(column, n, place) for place in places)
+        return () if self._without_bytes[n] else (column.picture(n),)
 
     @cached_property
     def _without_bytes(self) -> bytearray:

@@ -11,7 +11,17 @@ from patch_retriever.errors import UserError
 from patch_retriever.pictures.picture import Picture, PictureFile
 from patch_retriever.pictures.urls import PictureUrl, is_url
 
-IMAGE_COLUMNS = ("image", "file_name", "image_path", "img", "jpg", "png", "image_url", "url")
+IMAGE_COLUMNS = (
+    "image",
+    "images",
+    "file_name",
+    "image_path",
+    "img",
+    "jpg",
+    "png",
+    "image_url",
+    "url",
+)
 """Names that a column of pictures has; the first that is there is taken."""
 TEXT_COLUMNS = ("text", "caption", "txt", "sentence", "title", "description")
 """Names that a column of texts has."""
@@ -25,7 +35,7 @@ class Row:
     - `where`: how errors call it: `pairs.jsonl:3`, `part.parquet:12`, `shard.tar#img/12`.
     - `key`: by which its source finds it again.
     - `id`: its own, or one that its source gives it.
-    - `picture`: None where there is none; `unusable` is what stands in its place.
+    - `pictures`: none where `unusable` is what stands in their place.
     - `text`: as it stands there, of any type.
     - `fault`: what is wrong with the row as a whole, as an error says it.
     """
@@ -33,7 +43,7 @@ class Row:
     where: str
     key: int
     id: str
-    picture: Picture | None = None
+    pictures: tuple[Picture, ...] = ()
     text: Any = None
     unusable: Any = None
     fault: str | None = None
@@ -118,24 +128,28 @@ class Reading:
         text = self.text(record)
         value = _value(record, self.image_columns)
         try:
-            picture = self.picture(value, folder)
+            pictures = self.pictures(value, folder)
         except UserError as error:
             return Row(where, key, own_id, text=text, fault=f"{where}: {error}")
         if own_id != other_id and not isinstance(own, str | int):
             return Row(where, key, own_id, fault=f"{where}: the id {own!r} is no text or integer")
-        unusable = None if picture is not None else value
-        return Row(where, key, own_id, picture, text, unusable)
+        return Row(where, key, own_id, pictures, text, None if pictures else value)
 
     def text(self, record: Mapping[str, Any]) -> Any:
         """What stands where a record has its text."""
         return _value(record, self.text_columns)
 
-    def picture(self, value: Any, folder: Path) -> Picture | None:
-        """The picture at a path or an address; None if the value is neither.
+    def pictures(self, value: Any, folder: Path) -> tuple[Picture, ...]:
+        """The picture at a path or an address, or those of a list; none if one is neither.
 
         Raises:
             UserError: an address, and they are not allowed.
         """
+        found = [self._picture(v, folder) for v in (value if isinstance(value, list) else [value])]
+        usable = tuple(picture for picture in found if picture is not None)
+        return usable if len(usable) == len(found) else ()
+
+    def _picture(self, value: Any, folder: Path) -> Picture | None:
         if isinstance(value, Mapping):  # as `datasets` writes a picture
             value = value.get("path")
         if not isinstance(value, str) or not value:

@@ -44,16 +44,16 @@ class TarShards:
         where, own_id = f"{sample.tar}#{sample.name}", f"{sample.tar.name}#{sample.name}"
         if sample.fault:
             return Row(where, key, own_id, fault=sample.fault)
-        pictures = (
+        pictures = [
             TarPicture(sample.tar, member)
             for part, member in sample.parts.items()
             if f".{part}" in PICTURE_SUFFIXES
-        )
+        ]
         try:
             text = self._text(sample)
         except UserError as error:
             return Row(where, key, own_id, fault=str(error))
-        return Row(where, key, own_id, next(pictures, None), text)
+        return Row(where, key, own_id, tuple(pictures[:1]), text)
 
     def _text(self, sample: _Sample) -> object:
         """The text of the member that is one, else what the JSON member says."""
