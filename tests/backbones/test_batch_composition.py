@@ -14,8 +14,6 @@ from patch_retriever.backbones.readout import ONE_WORD, PAPER_READOUT, Readout
 from patch_retriever.items import Item
 from patch_retriever.retrieval.encoder import Encoder
 
-WITHOUT_TEMPLATE = ("paligemma2", "chameleon")
-LOADED = [name for name in FAMILIES if name not in WITHOUT_TEMPLATE]
 READOUTS = (PAPER_READOUT, Readout(ONE_WORD, pooling="lasttoken"))
 
 
@@ -41,7 +39,7 @@ ITEMS = [
 ]
 
 
-@pytest.fixture(scope="module", params=LOADED)
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def backbone(request, stand_in):
     if absent := missing(request.param):
         pytest.skip(f"{request.param} needs {', '.join(NEEDS[request.param])}: no {absent[0]}")
