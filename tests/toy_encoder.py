@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ class ToyEncoder:
     `shift` makes the head look at lengths; `trunk` and `asks` (its prompt) stand for what comes
     before the pooling.
     """
+
+    workers = 1
 
     def __init__(
         self,
@@ -54,6 +57,18 @@ class ToyEncoder:
     ) -> NDArray[np.float32]:
         self.encoded += items
         return np.stack([_vector(item, self.trunk_fingerprint) for item in items])
+
+    def stream(
+        self,
+        items: Iterable[Item],
+        role: str,
+        prompt: str | None = None,
+        batch_size: int = 64,
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        drawn, start = iter(items), 0
+        while batch := list(islice(drawn, batch_size)):
+            yield list(range(start, start + len(batch))), self.pooled(batch, role, prompt)
+            start += len(batch)
 
     def finish(self, pooled_nw: NDArray[np.float32], _role: str) -> NDArray[np.float32]:
         out_nd = pooled_nw @ self.matrix_wd + self._shift

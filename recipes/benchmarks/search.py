@@ -19,7 +19,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from reporting import Report, machine, table
+from reporting import Peak, Report, machine, table
 
 GOAL = 1.3
 """Times bare FAISS at most."""
@@ -211,27 +210,6 @@ def search(root: str, out: str, size: dict[str, int], threads: int, repeats: int
     np.testing.assert_allclose(ours_scores, bare_scores, atol=1e-5)
     figures["same"] = float((ours_found == bare_found).mean())
     return {**figures, "open_seconds": opened - began, "again_seconds": again - opened}
-
-
-class Peak:
-    """The largest memory of its own that this process held, looked at every few milliseconds."""
-
-    def __enter__(self) -> Peak:
-        self.mib = 0.0
-        self._stop = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._watcher.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            own = next(line for line in lines if line.startswith("RssAnon"))
-            self.mib = max(self.mib, int(own.split()[1]) / 2**10)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ import time
 import weakref
 from collections import Counter
 from contextlib import closing
-from itertools import chain, count, islice
+from itertools import chain, islice
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patch_retriever.activations.stream import Block, Position, batches, prefetched
+from patch_retriever.activations.stream import Block, Position, batches
 
 QUICK = settings(deadline=None, database=None, max_examples=20)
 
@@ -159,34 +159,7 @@ def test_a_stream_without_a_start_begins_at_the_beginning():
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-def test_prefetched_items_come_in_order_and_end():
-    assert list(prefetched(iter(range(100)))) == list(range(100))
-    assert list(prefetched(iter([]))) == []
-    assert threads() == []
-
-
-def test_items_may_be_none_or_exceptions():
-    items = [None, StopIteration(), ValueError("a value"), None]
-    assert list(prefetched(iter(items))) == items
-
-
-def test_an_error_of_the_threads_comes_after_the_items_before_it():
-    error = OSError("the disk is gone")
-
-    def items():
-        yield from (1, 2, 3)
-        raise error
-
-    found = []
-    with pytest.raises(OSError, match="the disk is gone") as caught:
-        for item in prefetched(items()):
-            found.append(item)
-    assert found == [1, 2, 3]
-    assert caught.value is error
-    assert threads() == []
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_an_error_while_reading_a_block_stops_the_stream():
@@ -206,31 +179,6 @@ def test_an_error_while_reading_a_block_stops_the_stream():
     assert threads() == []
 
 
-@pytest.mark.parametrize("taken", [1, 2, 5])
-def test_closing_early_leaves_no_thread(taken):
-    stream = prefetched(count())
-    assert list(islice(stream, taken)) == list(range(taken))
-    assert len(threads()) == 1
-    stream.close()
-    assert threads() == []
-
-
-def test_closing_waits_for_what_is_being_read():
-    done = threading.Event()
-
-    def slow():
-        yield 1
-        time.sleep(0.1)
-        done.set()
-        yield 2
-
-    stream = prefetched(slow())
-    assert next(stream) == 1
-    stream.close()
-    assert done.is_set()
-    assert threads() == []
-
-
 def test_a_consumer_that_fails_leaves_no_thread():
     with pytest.raises(ZeroDivisionError), closing(batches(Numbered([20] * 5), 10, 0)) as stream:
         for _batch in stream:
@@ -241,16 +189,6 @@ def test_a_consumer_that_fails_leaves_no_thread():
 def test_a_stream_that_nobody_reads_starts_no_thread():
     with closing(batches(Numbered([20]), 10, 0)):
         assert threads() == []
-
-
-def test_little_is_read_ahead():
-    made = []
-    stream = prefetched(made.append(i) or i for i in count())
-    for i in range(4):
-        assert next(stream) == i
-        time.sleep(0.02)
-        assert len(made) <= i + 3
-    stream.close()
 
 
 class Watched(Numbered):

@@ -116,6 +116,7 @@ def test_the_text_is_text_whatever_it_says(transformer):
 
 GRIDS = {
     "llava": (3, 3),
+    "llava-next": None,
     "gemma3": (2, 2),
     "paligemma2": (3, 3),
     "chameleon": (2, 2),

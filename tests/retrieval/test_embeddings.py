@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from types import SimpleNamespace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
-from patch_retriever.pictures.picture import PictureBytes
+from patch_retriever.pictures.picture import PictureBytes, PictureFile
 from patch_retriever.retrieval import embeddings
 from patch_retriever.retrieval.embeddings import EmbeddingStore, StoredVectors, embed_items
 
@@ -28,15 +28,22 @@ def vector(item: Item) -> np.ndarray:
 class Model:
     """Stands for an encoder; remembers what it was asked for, and may stop half-way."""
 
+    workers = 2
+
     def __init__(self, stop_after: int = 10**9) -> None:
         self.asked: list[str | None] = []
         self.stop_after = stop_after
 
-    def pooled(self, items, _role, _prompt, _batch_size):
-        self.asked += [item.text for item in items]
-        if len(self.asked) > self.stop_after:
-            raise KeyboardInterrupt
-        return np.stack([vector(item) for item in items])
+    def stream(self, items, _role, _prompt, _batch_size):
+        """Seven at a time, the last first."""
+        drawn, start = iter(items), 0
+        while batch := list(islice(drawn, 7)):
+            self.asked += [item.text for item in batch]
+            if len(self.asked) > self.stop_after:
+                raise KeyboardInterrupt
+            positions = [*range(start, start + len(batch))][::-1]
+            yield positions, np.stack([vector(item) for item in batch[::-1]])
+            start += len(batch)
 
     def finish(self, pooled, _role):
         return 2 * pooled
@@ -53,7 +60,6 @@ def store(folder, key="model", **more) -> EmbeddingStore:
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(embeddings, "ROWS_PER_SHARD", 20)
-    monkeypatch.setattr(embeddings, "_CHUNK", 7)
 
 
 def test_every_item_gets_its_own_vector_in_order(tmp_path):
@@ -94,32 +100,40 @@ def test_a_stopped_encoding_goes_on(tmp_path):
 
 
 def test_what_was_encoded_before_a_bad_item_stays(tmp_path):
-    items = [*texts(*range(10)), Item(None, PictureBytes("cut.png", b"\x89PNG"))]
-    model = Model()
-
-    def pooled(some, *more):
-        for item in some:
-            item.load()
-        return Model.pooled(model, some, *more)
-
-    with store(tmp_path) as s, pytest.raises(UserError, match=r"cut\.png"):
-        embed_items(SimpleNamespace(pooled=pooled), items, "query", s)
+    gone = Item(None, PictureFile(tmp_path / "gone.png"))
+    with store(tmp_path) as s, pytest.raises(UserError, match=r"gone\.png"):
+        embed_items(Model(), [*texts(*range(10)), gone], "query", s)
     with store(tmp_path) as s:
-        assert len(s) == 7  # all finished chunks
+        assert len(s) == 7  # all finished batches
 
 
 def test_a_slow_encoding_writes_shards_that_are_not_full(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "_FLUSH_SECONDS", 0)
     lengths = []
 
-    def looked(steps, _total):
+    class Looked(Model):
+        def stream(self, items, *more):
+            for found in super().stream(items, *more):
+                lengths.append(len(s))
+                yield found
+
+    with store(tmp_path) as s:
+        embed_items(Looked(), texts(*range(21)), "query", s)
+    assert lengths == [0, 7, 14]
+
+
+def test_progress_counts_items_that_are_there_and_those_that_are_encoded(tmp_path):
+    seen = []
+
+    def progress(steps, total):
         for step in steps:
-            lengths.append(len(s))
+            seen.append((step, total))
             yield step
 
     with store(tmp_path) as s:
-        embed_items(Model(), texts(*range(21)), "query", s, progress=looked)
-    assert lengths == [0, 7, 14]
+        embed_items(Model(), texts(*range(0, 30, 3)), "query", s)
+        embed_items(Model(), texts(*range(30), 1, 2), "query", s, progress=progress)
+    assert seen == [(step, 32) for step in range(32)]
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
@@ -195,10 +209,6 @@ def test_a_bad_picture_stops_or_is_left_out(tmp_path):
     (line,) = done.skipped
     assert line.startswith("cut.png: not a readable image")
     assert model.asked == ["text 0", "text 1", "text 2"]
-    with store(tmp_path / "b") as s, pytest.raises(UserError, match=r"cut\.png"):
-        embed_items(
-            SimpleNamespace(pooled=lambda items, *_: [i.load() for i in items]), items, "query", s
-        )
 
 
 def test_a_vector_that_is_not_there_is_no_vector(tmp_path):

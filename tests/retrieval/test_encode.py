@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from commands import error_line, invoke
+from patch_retriever.backbones.load import load_backbone, with_readout
+from patch_retriever.backbones.readout import PAPER, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
@@ -47,9 +55,17 @@ def test_queries_are_encoded_as_queries(items, tmp_path):
     class Sided:
         dimension = 2
 
-        def embed(self, batch, role, batch_size):
-            assert len(batch) <= batch_size
-            return np.tile(np.float64([role == "query", role == "document"]), (len(batch), 1))
+        def stream(self, items, role, _prompt, batch_size):
+            numbers = list(range(len(list(items))))
+            for start in range(0, len(numbers), batch_size):
+                some = numbers[start : start + batch_size]
+                yield (
+                    some,
+                    np.tile(np.float32([role == "query", role == "document"]), (len(some), 1)),
+                )
+
+        def finish(self, pooled, _role):
+            return pooled.astype(np.float64)
 
     for role, expected in (("query", [1, 0]), ("document", [0, 1])):
         encode_file(Sided(), items, tmp_path / "out.npy", role, 2)
@@ -74,15 +90,16 @@ def test_a_missing_picture_leaves_the_old_file_and_nothing_half_written(model, i
     assert [p.name for p in folder.iterdir()] == ["out.npy"]
 
 
-def test_progress_counts_batches(items, tmp_path, model):
+def test_progress_counts_items(items, tmp_path, model):
     seen = []
 
     def progress(steps, total):
-        seen.append((total, list(steps)))
-        return steps
+        for step in steps:
+            seen.append((step, total))
+            yield step
 
     encode_file(model, items, tmp_path / "out.npy", "document", 2, progress)
-    assert seen == [(3, [0, 2, 4])]
+    assert seen == [(step, 5) for step in range(5)]
 
 
 def test_items_whose_picture_cannot_be_opened_are_named(items, tmp_path):
@@ -93,3 +110,65 @@ def test_items_whose_picture_cannot_be_opened_are_named(items, tmp_path):
     cut, none = skipped
     assert cut.startswith(f"{tmp_path / 'cut.png'}: not a readable image")
     assert none.startswith(f"{tmp_path / 'none.png'}: no such image file")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from patch_retriever.retrieval.encode import encode_file
+from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.readers.items import read_corpus
+
+def own():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 2**10
+
+folder, model = map(Path, sys.argv[1:3])
+encoder = load_encoder(str(model), workers=2)
+items = read_corpus(folder).items
+largest = 0
+
+def progress(steps, total):
+    global largest
+    for step in steps:
+        largest = max(largest, own())
+        yield step
+
+encode_file(encoder, items[:30], folder / "out.npy", "document", 4, progress)
+few, largest = largest, 0
+encode_file(encoder, items, folder / "out.npy", "document", 4, progress)
+print(few, largest)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(random_model, tmp_path):
+    """Ten times the pictures, half a gigabyte of them decoded, in the memory of a few batches."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    Image.fromarray(noise).resize((750, 750)).save(tmp_path / "0.jpg")
+    for i in range(1, 300):
+        os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
+    model = tmp_path / "model"
+    with_readout(load_backbone(str(random_model)), Readout(PAPER)).save(str(model))
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), str(model)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    few, many = map(float, done.stdout.split()[-2:])
+    assert many < few + 50
+
+
+def test_the_command_gives_the_same_with_any_number_of_workers(finished_build, photo_folder):
+    found = []
+    for workers in (1, 3):
+        out = photo_folder / f"{workers}.npy"
+        rows = photo_folder / "pairs.jsonl"
+        done = invoke("encode", finished_build, rows, "-o", out, "--workers", workers)
+        assert done.exit_code == 0, done.stderr
+        assert "60 embeddings" in done.stdout
+        found.append(np.load(out))
+    np.testing.assert_array_equal(*found)
+    assert "--workers" in error_line(
+        invoke("encode", finished_build, rows, "-o", out, "--workers", 0)
+    )

@@ -19,6 +19,7 @@ from patch_retriever.backbones.readout import PAPER, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
+from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.retrieval.encoder import Encoder, load_encoder
 from patch_retriever.retriever import PatchedRetriever
 from patch_retriever.scenes.tasks import scenes_collection
@@ -170,3 +171,34 @@ def test_a_text_with_the_name_of_a_picture_is_a_text(encoder, tmp_path, monkeypa
     assert np.isfinite(named).all()
     shown = encoder.embed([Item(picture=ITEMS[0].picture)], "query")
     assert abs(named - shown).max() > 1e-4
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_stream_gives_every_item_once_whatever_the_batches(encoder, workers):
+    whole = encoder.pooled(ITEMS, "document", batch_size=len(ITEMS))
+    streaming = Encoder(SentenceTransformer(encoder.name), "again", workers=workers)
+    found = np.full_like(whole, np.nan)
+    for positions, rows in streaming.stream(iter(ITEMS), "document", batch_size=2):
+        assert len(positions) <= 2
+        assert np.isnan(found[positions]).all()
+        found[positions] = rows
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def test_a_bad_picture_in_the_middle_is_named(encoder, tmp_path):
+    path = tmp_path / "cut.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n....")
+    items = [*ITEMS, Item("with a text", PictureFile(path)), *ITEMS]
+    with pytest.raises(UserError, match=r"cut\.png: not a readable image"):
+        encoder.embed(items, "query", batch_size=4)
+
+
+def test_nothing_gives_no_rows(encoder):
+    assert encoder.pooled([], "query").shape == (0, encoder.width)
+    assert encoder.embed([], "query").shape == (0, encoder.dimension)
+
+
+def test_no_head_of_the_language_model_is_there(encoder):
+    names = [name for name, _ in encoder._trunk.named_modules()]
+    assert any("layers" in name for name in names)
+    assert not any("lm_head" in name for name in names)

@@ -119,9 +119,10 @@ def test_the_base_is_the_backbone_without_its_patch(found, finished_build, tasks
 def stand_in(name: str, embed, encoded: list[str], **more):
     """An encoder whose vectors of an item are given by a function of the item and the role."""
 
-    def pooled(items, role, prompt=None, _batch_size=64):
-        encoded.extend(f"{role} {item.content_hash()} {prompt or ''}".strip() for item in items)
-        return np.stack([np.asarray(embed(item, role), np.float32) for item in items])
+    def stream(items, role, prompt=None, _batch_size=64):
+        for position, item in enumerate(items):
+            encoded.append(f"{role} {item.content_hash()} {prompt or ''}".strip())
+            yield [position], np.asarray(embed(item, role), np.float32)[None]
 
     def finish(x_nd, _role):
         return x_nd / np.maximum(np.linalg.norm(x_nd, axis=1, keepdims=True), 1e-12)
@@ -134,7 +135,8 @@ def stand_in(name: str, embed, encoded: list[str], **more):
         "dimension": width,
         "store_key": lambda role, prompt=None: value_hash([name, role, prompt]),
         "prompt": lambda _role, prompt=None: prompt or "",
-        "pooled": pooled,
+        "stream": stream,
+        "workers": 1,
         "finish": finish,
     }
     return SimpleNamespace(**made | more)
@@ -161,7 +163,7 @@ def stand_ins(monkeypatch, encoded):
         "shifted": lambda item, _: pixels(item) + 3000,
     }
     made = {name: stand_in(name, f, encoded) for name, f in functions.items()}
-    monkeypatch.setattr(compare, "load_encoder", lambda name, *_: made[name])
+    monkeypatch.setattr(compare, "load_encoder", lambda name, *_, **__: made[name])
     return made
 
 

@@ -395,7 +395,7 @@ from patch_retriever.retrieval import embeddings
 from patch_retriever.retrieval import embeddings
 from patch_retriever.retrieval.index.indexing import IndexOptions, add_corpus, index_corpus
 
-embeddings.ROWS_PER_SHARD = embeddings._CHUNK = 10
+embeddings.ROWS_PER_SHARD = 10
 
 def said(line):
     print(line, flush=True)
@@ -409,9 +409,10 @@ class Slow(ToyEncoder):
 
 folder, source = Path({folder!r}), corpus(*range(100))
 if {add!r}:
-    add_corpus(source, Slow(), folder, say=said)
+    add_corpus(source, Slow(), folder, batch_size=10, say=said)
 else:
-    index_corpus(source, Slow(), folder, IndexOptions("IVF2,Flat", shard_items=20), say=said)
+    how = IndexOptions("IVF2,Flat", shard_items=20)
+    index_corpus(source, Slow(), folder, how, batch_size=10, say=said)
 """
 
 
@@ -496,7 +497,6 @@ def test_a_draft_of_other_items_is_thrown_away(tmp_path):
 
 def test_a_full_disk_is_one_line_and_what_is_finished_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "ROWS_PER_SHARD", 100)  # so that the index is too large first
-    monkeypatch.setattr(embeddings, "_CHUNK", 100)
     folder, encoder = tmp_path / "ix", ToyEncoder()
     make(folder, encoder, source=corpus(*range(10)))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -393,13 +393,14 @@ def test_with_an_index_a_corpus_may_lack_texts(encoder):
 
 def test_the_corpus_is_encoded_a_batch_at_a_time(encoder, monkeypatch):
     asked: list[int] = []
-    embed = encoder.embed
+    stream = encoder.stream
 
-    def watched(items: Any, *args: Any) -> Any:
-        asked.append(len(items))
-        return embed(items, *args)
+    def watched(*args: Any) -> Any:
+        for positions, rows in stream(*args):
+            asked.append(len(positions))
+            yield positions, rows
 
-    monkeypatch.setattr(encoder, "embed", watched)
+    monkeypatch.setattr(encoder, "stream", watched)
     by_mteb(MtebRetriever(encoder, index="Flat"), ShapesIT2I(), batch_size=5)
-    assert asked == [5, 5, 5, 5, 4, N]  # the queries in one go
+    assert asked == 2 * [5, 5, 5, 5, 4]  # the corpus, then the queries
     assert both()[0][0] == text(0)

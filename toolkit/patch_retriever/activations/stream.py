@@ -6,20 +6,18 @@ and gives what it would have given.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from patch_retriever.ahead import made_ahead
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def batches(
     three are in memory.
     """
     start = start or Position()
-    with closing(prefetched(_blocks(source, seed, start))) as blocks:
+    with closing(_blocks(source, seed, start)) as blocks:
         for epoch, number, block in blocks:
             if not len(block.pooled_t):
                 continue  # this process's share of a very small block
@@ -105,14 +103,22 @@ def batches(
                 yield block.activations_td[rows].float(), Position(epoch, number, batch + 1)
 
 
-def _blocks(source: Source, seed: int, start: Position) -> Iterator[tuple[int, int, Block]]:
-    """Endless blocks from a position on, with their epoch and number."""
-    epoch, first = start.epoch, start.block
-    while True:
-        numbers = source.epoch(_generator(seed, epoch, 0))
-        for number in range(first, len(numbers)):
-            yield epoch, number, source.read(numbers[number])
-        epoch, first = epoch + 1, 0
+def _blocks(source: Source, seed: int, start: Position) -> Generator[tuple[int, int, Block]]:
+    """Endless blocks from a position on, with their epoch and number; one is read ahead."""
+
+    def named() -> Iterator[tuple[int, int, list[int]]]:
+        epoch, first = start.epoch, start.block
+        while True:
+            numbers = source.epoch(_generator(seed, epoch, 0))
+            for number in range(first, len(numbers)):
+                yield epoch, number, numbers[number]
+            epoch, first = epoch + 1, 0
+
+    def read(name: tuple[int, int, list[int]]) -> tuple[int, int, Block]:
+        epoch, number, block = name
+        return epoch, number, source.read(block)
+
+    return made_ahead(read, named())
 
 
 def _generator(*seeds: int) -> torch.Generator:
@@ -130,45 +136,3 @@ def _repeat_pooled(pooled_t: Tensor, share: float) -> Tensor:
     others = len(pooled_t) - n_pooled
     repeats = max(1, round(share / (1 - share) * others / n_pooled))
     return torch.cat([all_t[~pooled_t], all_t[pooled_t].repeat(repeats)])
-
-
-def prefetched(items: Iterator[T]) -> Generator[T]:
-    """The same items, the next one being made by a thread while one is used.
-
-    An error of the thread's is raised here. Closing this iterator waits for the thread, so that
-    nothing of it runs beside what comes next.
-    """
-    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
-    closed = threading.Event()
-
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not closed.is_set():
-            try:
-                return waiting.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-        return None
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item, None)
-                if closed.is_set():
-                    return
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
-    finally:
-        closed.set()
-        thread.join()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @options.device
 @options.trust_remote_code
 @options.items_per_pass
+@options.workers
 def encode(
     model: str,
     items: str,
@@ -39,6 +40,7 @@ def encode(
     device: str,
     trust_remote_code: bool,
     batch_size: int,
+    workers: int,
 ) -> None:
     """Encode ITEMS with MODEL into a NumPy file, one batch in memory at a time.
 
@@ -62,9 +64,9 @@ def encode(
     corpus = read_corpus(items, skip_bad)
     chosen, skipped = corpus.items, list(corpus.skipped)
     if skip_bad:
-        kept, unreadable = readable(corpus.items, narrator.progress)
+        kept, unreadable = readable(corpus.items, narrator.progress, workers)
         chosen, skipped = Lazy(kept, corpus.items.__getitem__), skipped + unreadable
-    encoder = load_encoder(model, device, revision, trust_remote_code)
+    encoder = load_encoder(model, device, revision, trust_remote_code, workers=workers)
     shape = encode_file(encoder, chosen, out, role, batch_size, narrator.progress)
     for line in skipped:
         click.echo(f"left out: {line}", err=True)

@@ -134,6 +134,7 @@ def _reading(command: Callable[..., None]) -> Callable[..., None]:
 @options.device
 @options.trust_remote_code
 @options.items_per_pass
+@options.workers
 @options.as_json
 def evaluate(
     models: tuple[str, ...],
@@ -154,6 +155,7 @@ def evaluate(
     device: str,
     trust_remote_code: bool,
     batch_size: int,
+    workers: int,
     as_json: bool,
     **reading: Any,
 ) -> None:
@@ -207,6 +209,7 @@ def evaluate(
             narrator.progress,
             revision,
             trust_remote_code,
+            workers=workers,
         )
     figures = to_json(found)
     if out is not None:

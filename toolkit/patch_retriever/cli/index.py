@@ -44,6 +44,7 @@ from patch_retriever.cli import options
 @options.device
 @options.trust_remote_code
 @options.items_per_pass
+@options.workers
 def index(
     source: Path,
     model: str | None,
@@ -58,6 +59,7 @@ def index(
     device: str,
     trust_remote_code: bool,
     batch_size: int,
+    workers: int,
 ) -> None:
     """Encode a folder of pictures, or a file of items, and index them for `search`.
 
@@ -82,7 +84,7 @@ def index(
     quiet_libraries()
     narrator = Narrator()
     corpus = read_corpus(source, skip_bad=skip_bad)
-    encoder = load_encoder(model, device, revision, trust_remote_code)
+    encoder = load_encoder(model, device, revision, trust_remote_code, workers=workers)
     if add:
         done = add_corpus(
             corpus, encoder, out, skip_bad, batch_size, narrator.progress, narrator.say

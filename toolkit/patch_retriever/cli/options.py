@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from patch_retriever.ahead import WORKERS
+
 out_folder = click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
 )
@@ -19,6 +21,13 @@ items_per_pass = click.option(
     default=64,
     show_default=True,
     help="Items per forward pass.",
+)
+workers = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=WORKERS,
+    show_default="one a core, 4 at most",
+    help="Threads that open and prepare pictures, each a batch at a time.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 role = click.option(

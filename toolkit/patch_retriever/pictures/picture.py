@@ -55,6 +55,16 @@ class _Stored:
         """
         return decode(self.read(), self.name)
 
+    def size(self) -> tuple[int, int] | None:
+        """Width and height as they are stored, without decoding; None if it is no image."""
+        from PIL import Image
+
+        try:
+            with Image.open(BytesIO(self.read())) as file:
+                return file.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return None
+
     def content_hash(self) -> str:
         """SHA-256 of the bytes, in hex."""
         return hashlib.sha256(self.read()).hexdigest()
@@ -105,6 +115,23 @@ class PictureBytes(_Stored):
     def read(self) -> bytes:
         """The bytes."""
         return self.data
+
+
+def in_memory(picture: Picture) -> Picture:
+    """The picture with its bytes read, if it is kept as bytes.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if not isinstance(picture, _Stored) or isinstance(picture, PictureBytes):
+        return picture
+    return PictureBytes(picture.name, picture.read())
+
+
+def size_of(picture: Picture) -> tuple[int, int] | None:
+    """Width and height of a picture that knows them without being decoded."""
+    size: tuple[int, int] | None = picture.size() if isinstance(picture, _Stored) else None
+    return size
 
 
 def decode(data: bytes, name: str) -> Image.Image:

@@ -5,25 +5,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patch_retriever.ahead import made_ahead
+from patch_retriever.backbones.inputs import WINDOW, item_in_memory
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, lock, write, write_json
 from patch_retriever.items import Item
-from patch_retriever.progress import Progress, Say, no_progress, silent
+from patch_retriever.progress import Progress, Say, Ticks, no_progress, silent
 from patch_retriever.retrieval.encoder import Encoder, Role
 
 MANIFEST = "embeddings.json"
 FORMAT = 1
 ROWS_PER_SHARD = 8192
-_CHUNK = 128
-"""Items looked up and encoded at a time."""
 _FLUSH_SECONDS = 20
 """After so long a shard is written although it is not full: what a killed process may lose."""
 KEY = np.dtype("S16")
@@ -193,46 +194,78 @@ def embed_items(
     """
     keys_n = np.zeros(len(items), KEY)
     skipped: list[str] = []
-    encoded, seconds = 0, 0.0
-    starts = range(0, len(items), _CHUNK)
-    coming: set[bytes] = set()  # added, but not in a shard yet
-    flushed = time.monotonic()
+    coming: set[bytes] = set()  # asked for, but not in a shard yet
+    wanted: list[int] = []  # numbers of the items that are encoded
+    ticks = Ticks(progress, len(items))
+
+    def missing(read: Iterable[_Read]) -> Iterator[Item]:
+        for number, (item, key, problem) in enumerate(read):
+            keys_n[number] = key
+            if problem is not None:
+                skipped.append(problem)
+            elif key not in coming and not store.has(keys_n[number : number + 1])[0]:
+                coming.add(key)
+                wanted.append(number)
+                yield item
+                continue
+            ticks.tick()
+
+    began, flushed = time.perf_counter(), time.monotonic()
+    encoded = 0
     try:
-        for start in progress(starts, len(starts)):
-            chunk = [items[i] for i in range(start, min(start + _CHUNK, len(items)))]
-            for i, item in enumerate(chunk, start):
-                try:
-                    keys_n[i] = bytes.fromhex(item.content_hash())[: KEY.itemsize]
-                    if skip_bad:
-                        item.check_picture()
-                except UserError as error:
-                    if not skip_bad:
-                        raise
-                    keys_n[i] = b""
-                    skipped.append(str(error))
-            chunk_keys = keys_n[start : start + len(chunk)]
-            done = store.has(chunk_keys) | (chunk_keys == b"")
-            new = {
-                bytes(key): item
-                for key, item, there in zip(chunk_keys, chunk, done, strict=True)
-                if not there and bytes(key) not in coming
-            }
-            if new:
-                began = time.perf_counter()
-                vectors_nw = encoder.pooled(list(new.values()), role, prompt, batch_size)
-                seconds += time.perf_counter() - began
-                encoded += len(new)
+        with closing(_read(items, skip_bad, batch_size, encoder.workers)) as read:
+            for positions, vectors_nw in encoder.stream(missing(read), role, prompt, batch_size):
                 before = len(store)
-                store.add(np.array(list(new), KEY), vectors_nw)
+                store.add(keys_n[[wanted[position] for position in positions]], vectors_nw)
+                encoded += len(positions)
+                ticks.tick(len(positions))
                 if time.monotonic() - flushed > _FLUSH_SECONDS:
                     store.flush()
-                if len(store) == before:
-                    coming |= set(new)
-                else:
-                    coming, flushed = set(), time.monotonic()
+                if len(store) != before:
+                    flushed = time.monotonic()
+                    there_n = store.has(np.array(list(coming), KEY))
+                    coming = {k for k, there in zip(coming, there_n, strict=True) if not there}
     finally:  # a bad picture at the end costs nothing that was encoded before it
         store.flush()
+    ticks.end()
+    seconds = time.perf_counter() - began if encoded else 0.0
     return Embedded(keys_n, encoded, seconds, tuple(skipped))
+
+
+class _Read(NamedTuple):
+    """An item with its picture's bytes in memory and its key, or why it is left out."""
+
+    item: Item
+    key: bytes = b""
+    problem: str | None = None
+
+
+def _read(items: Sequence[Item], skip_bad: bool, batch_size: int, workers: int) -> Generator[_Read]:
+    """All items in their order, read and looked at ahead."""
+
+    def read(number: int) -> tuple[Item, UserError | None]:
+        item = items[number]
+        try:
+            return item_in_memory(item), None
+        except UserError as error:
+            return item, error
+
+    def look(found: tuple[Item, UserError | None]) -> _Read:
+        item, problem = found
+        if problem is None:
+            try:
+                key = bytes.fromhex(item.content_hash())[: KEY.itemsize]
+                if skip_bad:
+                    item.check_picture()
+                return _Read(item, key)
+            except UserError as error:
+                problem = error
+        if not skip_bad:
+            raise problem
+        return _Read(item, problem=str(problem))
+
+    in_order = made_ahead(read, range(len(items)), ahead=WINDOW * batch_size)
+    return made_ahead(look, in_order, workers)
 
 
 class StoredVectors:

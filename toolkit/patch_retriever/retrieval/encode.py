@@ -4,31 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from patch_retriever.ahead import WORKERS, made_ahead
+from patch_retriever.backbones.inputs import item_in_memory
 from patch_retriever.errors import UserError
 from patch_retriever.files import write
 from patch_retriever.items import Item
-from patch_retriever.progress import Progress, no_progress
+from patch_retriever.progress import Progress, Ticks, no_progress
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
 
 
 def readable(
-    items: Sequence[Item], progress: Progress = no_progress
+    items: Sequence[Item], progress: Progress = no_progress, workers: int = WORKERS
 ) -> tuple[list[int], list[str]]:
     """Numbers of the items whose pictures can be opened, and a line for each of the others."""
+
+    def read(number: int) -> Item | str:
+        try:
+            return item_in_memory(items[number])
+        except UserError as error:
+            return str(error)
+
+    def problem(read: Item | str) -> str | None:
+        if isinstance(read, str):
+            return read
+        try:
+            read.check_picture()
+        except UserError as error:
+            return str(error)
+        return None
+
     kept: list[int] = []
     skipped: list[str] = []
-    for i in progress(range(len(items)), len(items)):
-        try:
-            items[i].check_picture()
-            kept.append(i)
-        except UserError as error:
-            skipped.append(str(error))
+    in_order = made_ahead(read, range(len(items)))
+    problems = made_ahead(problem, in_order, workers)
+    for number, found in enumerate(progress(problems, len(items))):
+        if found is None:
+            kept.append(number)
+        else:
+            skipped.append(found)
     return kept, skipped
 
 
@@ -53,12 +72,27 @@ def encode_file(
             np.lib.format.write_array_header_2_0(
                 file, {"descr": "<f4", "fortran_order": False, "shape": shape}
             )
-            starts = range(0, len(items), batch_size)
-            for start in progress(starts, len(starts)):
-                rows_nd = encoder.embed(
-                    items[start : start + batch_size], role, batch_size=batch_size
-                )
-                file.write(np.ascontiguousarray(rows_nd, dtype="<f4").tobytes())
+            write_vectors(file, encoder, items, role, None, batch_size, progress)
 
     write(out, fill)
     return shape
+
+
+def write_vectors(
+    file: BinaryIO,
+    encoder: Encoder,
+    items: Sequence[Item],
+    role: Role,
+    prompt: str | None,
+    batch_size: int,
+    progress: Progress = no_progress,
+) -> None:
+    """Append the vectors (n, d) of `items` in float32, each in its place; a batch is in memory."""
+    begin, ticks = file.tell(), Ticks(progress, len(items))
+    for positions, pooled_nw in encoder.stream(items, role, prompt, batch_size):
+        rows_nd = encoder.finish(pooled_nw, role).astype("<f4", copy=False)
+        for position, row_d in zip(positions, rows_nd, strict=True):
+            file.seek(begin + position * row_d.nbytes)
+            file.write(row_d.tobytes())
+        ticks.tick(len(positions))
+    ticks.end()

@@ -7,7 +7,8 @@ model with another head over the same trunk needs no encoding at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from patch_retriever.ahead import WORKERS
+from patch_retriever.backbones.inputs import Preparer, on_device
 from patch_retriever.backbones.load import (
     BUILT_IN,
     built_in_model,
@@ -49,20 +52,25 @@ class Encoder:
     """
 
     def __init__(
-        self, model: SentenceTransformer, name: str, head: Sequence[nn.Module] | None = None
+        self,
+        model: SentenceTransformer,
+        name: str,
+        head: Sequence[nn.Module] | None = None,
+        workers: int = WORKERS,
     ) -> None:
-        """Split `model`; `head` takes the place of the model's own."""
+        """Split `model`; `head` takes the place of the model's own, `workers` threads prepare
+        what it reads."""
         from sentence_transformers import SentenceTransformer
 
-        self.name = name
+        self.name, self.workers = name, workers
         modules = list(model)
         end = _trunk_length(modules)
         self._head = nn.ModuleList(modules[end:] if head is None else head).to(model.device)
-        self._trunk = SentenceTransformer(modules=modules[:end], device=str(model.device))
+        self._trunk = SentenceTransformer(modules=modules[:end], device=str(model.device)).eval()
         self._prompts = {name: said for name, said in model.prompts.items() if said}
         self._truncate = model.truncate_dim
         self._unit = str(model.similarity_fn_name or "cosine") != "dot"
-        self._as_chat = "message" in model.modalities
+        self._preparer = Preparer(modules[0], workers, "message" in model.modalities)
         self.modalities: tuple[str, ...] = tuple(map(str, model.modalities))
 
     @property
@@ -130,49 +138,51 @@ class Encoder:
         names = ("query",) if role == "query" else ("document", "passage", "corpus")
         return next((said for n in names if (said := self._prompts.get(n))), "")
 
+    def stream(
+        self, items: Iterable[Item], role: Role, prompt: str | None = None, batch_size: int = 64
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """The trunk's output (n, w) a batch at a time, with the positions of its n items: every
+        item once, those of similar length together. Pictures are prepared ahead by threads; a
+        sequence of items is read by one of them, an iterator's have their pictures in memory.
+
+        Raises:
+            UserError: a picture cannot be read, or the model does not take such items.
+        """
+        from jinja2 import TemplateError
+
+        said = self.prompt(role, prompt) or None
+        batches = self._preparer.batches(items, batch_size, prompt=said, task=role)
+        with closing(batches):
+            while True:
+                try:
+                    numbers, features = next(batches)
+                    rows_nw = self._run(on_device(features, self.device), role)
+                except StopIteration:
+                    return
+                except (ValueError, TypeError, TemplateError) as error:
+                    reason = first_line(error)
+                    raise UserError(f"{self.name}: cannot encode these items ({reason})") from error
+                yield numbers, rows_nw
+
+    @torch.inference_mode()
+    def _run(self, features: dict[str, Any], role: Role) -> NDArray[np.float32]:
+        out: dict[str, Any] = self._trunk(features, task=role)
+        return out["sentence_embedding"].float().cpu().numpy()
+
     def pooled(
         self, items: Sequence[Item], role: Role, prompt: str | None = None, batch_size: int = 64
     ) -> NDArray[np.float32]:
         """The trunk's output (n, w), a few batches of pictures in memory at a time.
 
         Raises:
-            UserError: a picture cannot be read, or the model does not take such items.
+            UserError: as `stream`.
         """
-        parts = []
-        for start in range(0, len(items), 8 * batch_size):
-            chunk = items[start : start + 8 * batch_size]
-            # a chat may hold anything; models without one take items of one kind at a time
-            kinds = ["chat" if self._as_chat else item.kind for item in chunk]
-            found: dict[int, Tensor] = {}
-            for kind in dict.fromkeys(kinds):
-                numbers = [i for i, other in enumerate(kinds) if other == kind]
-                rows = self._encode([chunk[i] for i in numbers], role, prompt, batch_size)
-                found |= dict(zip(numbers, rows, strict=True))
-            parts.append(torch.stack([found[i] for i in range(len(chunk))]).float().cpu().numpy())
-        return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
-
-    def _encode(
-        self, items: Sequence[Item], role: Role, prompt: str | None, batch_size: int
-    ) -> Tensor:
-        from jinja2 import TemplateError
-
-        encode: Any = self._trunk.encode_query if role == "query" else self._trunk.encode_document
-        load = Item.load if self._as_chat else Item.load_plain
-        said = {"prompt": p} if (p := self.prompt(role, prompt)) else {}
-        if not self._as_chat and any(item.more_pictures for item in items):
-            raise UserError(f"{self.name}: takes one picture an item, and there are items of more")
-        loaded = [load(item) for item in items]
-        try:
-            return encode(
-                loaded,
-                batch_size=batch_size,
-                show_progress_bar=False,
-                convert_to_tensor=True,
-                **said,
-            )
-        except (ValueError, TypeError, TemplateError) as error:
-            reason = first_line(error)
-            raise UserError(f"{self.name}: cannot encode these items ({reason})") from error
+        found: NDArray[np.float32] | None = None
+        for numbers, rows_nw in self.stream(items, role, prompt, batch_size):
+            if found is None:
+                found = np.empty((len(items), rows_nw.shape[1]), np.float32)
+            found[numbers] = rows_nw
+        return np.zeros((0, self.width), np.float32) if found is None else found
 
     @torch.inference_mode()
     def finish(self, pooled_nw: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
@@ -218,6 +228,8 @@ def load_encoder(
     device: str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    workers: int = WORKERS,
 ) -> Encoder:
     """An encoder of any sentence-transformers model: a folder, a hub id, the built-in model, or
     `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
@@ -232,12 +244,12 @@ def load_encoder(
     if revision is not None and (name.endswith(BASE) or Path(path).exists()):
         raise UserError(f"{name}: a folder has no revisions; leave {revision!r} out")
     if name.endswith(BASE):
-        return _load_base(name, device)
+        return _load_base(name, device, workers)
     check_model(path)
     commit = None if revision is None else commit_of(path, revision)
     with strict_loading(name):
         model = load_model(path, device, commit, trust_remote_code)
-    return Encoder(model, name)
+    return Encoder(model, name, workers=workers)
 
 
 def check_model(name: str) -> None:
@@ -262,7 +274,7 @@ def check_model(name: str) -> None:
         )
 
 
-def _load_base(name: str, device: str) -> Encoder:
+def _load_base(name: str, device: str, workers: int) -> Encoder:
     """The backbone and readout of an exported patch. A patch that leaves the tokens alone shares
     its trunk with its base, so that one encoding serves both."""
     from sentence_transformers import SentenceTransformer
@@ -277,13 +289,14 @@ def _load_base(name: str, device: str) -> Encoder:
     patch = Patch.load(Path(folder) / "patch")
     readout = Readout.from_json(patch.about["readout"])
     if patch.subtractions:
-        return Encoder(with_readout(load_backbone(folder, device=device), readout), name)
+        backbone = with_readout(load_backbone(folder, device=device), readout)
+        return Encoder(backbone, name, workers=workers)
     with strict_loading(folder):
         model = SentenceTransformer(folder, device=device)
     transformer: Any = model[0]
     d = int(transformer.get_embedding_dimension())
     at = pooled_value(patch, d, readout.pooling)
-    return Encoder(model, name, head=[_Take(at, d), Normalize()])
+    return Encoder(model, name, head=[_Take(at, d), Normalize()], workers=workers)
 
 
 def _trunk_length(modules: Sequence[nn.Module]) -> int:

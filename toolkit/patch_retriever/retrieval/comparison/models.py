@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from patch_retriever.ahead import WORKERS
 from patch_retriever.errors import UserError
 from patch_retriever.hub import is_hub_id
 from patch_retriever.patch.artefact import CONFIG
@@ -45,6 +46,8 @@ def compare_models(
     progress: Progress = no_progress,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    workers: int = WORKERS,
 ) -> Comparison:
     """Every model on every task; the first is the base.
 
@@ -75,9 +78,8 @@ def compare_models(
     judged: dict[str, RetrievalTask] = {}
     for name in names:
         say(f"{name}: encoding and searching")
-        encoder = load_encoder(
-            name, device, revision if name in on_hub else None, trust_remote_code
-        )
+        at = revision if name in on_hub else None
+        encoder = load_encoder(name, device, at, trust_remote_code, workers=workers)
         if settings.index:
             for task in tasks.values():
                 check_factory(settings.index, len(task.candidate_ids), encoder.dimension)

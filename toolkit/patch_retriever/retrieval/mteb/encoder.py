@@ -23,6 +23,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.hub import is_hub_id
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import to_rgb
+from patch_retriever.retrieval.encode import write_vectors
 from patch_retriever.retrieval.encoder import ROLES, Encoder, Role, load_encoder
 from patch_retriever.retrieval.readers.benchmarks.mteb_tasks import (
     import_mteb,
@@ -181,9 +182,7 @@ class MtebRetriever(MtebEncoder):
         batch_size = encode_kwargs.get("batch_size", 32)
         prompt = self._prompt(task_metadata, "document")
         with path.open("wb") as file:  # a map that outgrows the disk kills the process
-            for start in range(0, len(items), batch_size):
-                some = items[start : start + batch_size]
-                file.write(self.encoder.embed(some, "document", prompt, batch_size).tobytes())
+            write_vectors(file, self.encoder, items, "document", prompt, batch_size)
         shape = (len(items), self.encoder.dimension)
         self._vectors_nd = np.memmap(path, np.float32, "r", shape=shape)
         self._index = build_index(self._vectors_nd, self._factory, self.encoder.dimension)
