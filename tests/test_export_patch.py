@@ -156,7 +156,7 @@ def test_in_a_fresh_process_without_this_package(model_folder, tmp_path):
     assert 0 <= export_patch(transformer, readout, patch, tmp_path, GOLDEN) <= 1e-5
     # of the live model, with its patch and without
     embeddings = load_file(tmp_path / "golden" / "embeddings.safetensors")
-    assert set(embeddings) == {"query", "document", "unpatched"}
+    assert set(embeddings) == {"query", "document", "one_by_one", "unpatched"}
     assert largest_difference(embeddings["document"], embeddings["unpatched"]) > 1e-2
 
 

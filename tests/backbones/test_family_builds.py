@@ -44,6 +44,8 @@ def test_build(name, stand_in, photo_folder, tmp_path, fresh):
     )
     golden = json.loads((result.folder / "golden" / "result.json").read_text())
     assert golden["max_abs_diff"] <= 1e-5
+    card = (result.folder / "README.md").read_text()
+    assert f"differ by up to {golden['max_abs_diff_by_batch']:.1g}." in card
     photo = PictureFile(photo_folder / "7.png")
     items = [Item("a red field"), Item(picture=photo), Item("a green field", photo)]
     found = fresh().encode(result.folder, {"new": items})

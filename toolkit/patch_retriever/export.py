@@ -79,9 +79,10 @@ def export_patch(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error})") from None
     patch.save(folder / "patch")
-    write_golden(folder, retriever, golden_items, with_code=with_code)
+    by_batch = write_golden(folder, retriever, golden_items, with_code=with_code)
     largest = check_golden(folder)
-    write_json(folder / "golden" / "result.json", {"max_abs_diff": largest})
+    result = {"max_abs_diff": largest, "max_abs_diff_by_batch": by_batch}
+    write_json(folder / "golden" / "result.json", result)
     return largest
 
 

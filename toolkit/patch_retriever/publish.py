@@ -96,7 +96,7 @@ def _card(
 ) -> str:
     """The model card, from the finished stages."""
     report = json.loads((evaluated / "table.json").read_text())
-    golden = json.loads((exported / "golden" / "result.json").read_text())["max_abs_diff"]
+    golden = json.loads((exported / "golden" / "result.json").read_text())
     tried = json.loads((readouts / "readout.json").read_text())["scores"]
     texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
     with_code = (exported / CODE.name).is_file()
@@ -118,7 +118,8 @@ def _card(
         operators=operators(patch),
         loading=loading(with_code),
         with_code=with_code,
-        golden=f"{golden:.1g}",
+        golden=f"{golden['max_abs_diff']:.1g}",
+        by_batch=f"{golden['max_abs_diff_by_batch']:.1g}",
         data=data.about,
         warning=data.warning,
         explanation=EXPLANATION,

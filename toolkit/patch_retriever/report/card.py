@@ -49,7 +49,8 @@ scores = model.similarity(queries, documents)
 {% endif %}
 - **patch**: {{ exported }} ({{ setting }}), which needs {{ needs }}; operators: {{ operators }}.
 - **live, exported and reloaded agree**: largest difference {{ golden }} on the golden inputs
-  (`python golden/check.py` repeats the check where you are).
+  (`python golden/check.py` repeats the check where you are). One at a time instead of all in a
+  batch, embeddings differ by up to {{ by_batch }}.
 - **data**: {{ data }}
 {% if warning %}
 
