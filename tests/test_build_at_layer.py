@@ -15,8 +15,8 @@ from patch_retriever import PatchedRetriever, build_retriever
 from patch_retriever.backbones.readout import readout_grid
 from patch_retriever.errors import UserError
 from patch_retriever.patch.artefact import Patch
-from patch_retriever.retrieval.encoder import load_encoder
 from patch_retriever.retrieval.evaluate import evaluate_embeddings
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.scenes.tasks import scenes_collection
 from patch_retriever.stages import patched, selection
 
