@@ -20,7 +20,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
 from patch_retriever.lazy import Lazy
-from patch_retriever.pictures.picture import Picture, PictureBytes
+from patch_retriever.pictures.picture import Picture, PictureBytes, in_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,6 +131,14 @@ class Resized:
         from PIL import Image
 
         return self.picture.open().resize((self.side, self.side), Image.Resampling.LANCZOS)
+
+    def in_memory(self) -> Resized:
+        """Of the picture's bytes: files with many pictures are read by one thread.
+
+        Raises:
+            UserError: the picture cannot be read.
+        """
+        return replace(self, picture=in_memory(self.picture))
 
     def content_hash(self) -> str:
         """Another one than the picture's."""
