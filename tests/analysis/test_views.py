@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,7 @@ class Layer(torch.nn.Module):
 )
 def test_which_norm_reads_the_residual_depends_on_the_family(norms, expected):
     model = torch.nn.Module()
+    model.config = SimpleNamespace(model_type="llava")
     model.language_model = torch.nn.Module()
     model.language_model.layers = torch.nn.ModuleList([Layer(*norms)])
     assert residual_norm(model) == expected

@@ -114,7 +114,7 @@ def test_every_command_that_loads_a_model_takes_a_revision(random_model, photo_f
 def test_the_revision_of_an_evaluation_is_of_its_one_hub_id(random_model, monkeypatch):
     loaded = []
 
-    def load(name, device, revision, _trust_remote_code, **_):
+    def load(name, device, revision, *_, **__):
         loaded.append((name, device, revision))
         raise UserError("enough was seen")
 

@@ -6,6 +6,7 @@ import functools
 import random
 import tarfile
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -427,3 +428,14 @@ def test_a_split_must_be_named_where_there_are_several(tmp_path):
         picture_at(name.replace(":test#", "#"))
     with pytest.raises(UserError, match="has only the splits train, test"):
         picture_at(name.replace(":test#", ":dev#"))
+
+
+def test_several_threads_read_one_parquet_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "WINDOW", 4096)
+    cells = [bytes([n % 256]) * 512 for n in range(400)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet", row_group_size=50)
+    rows = ParquetRows(tmp_path / "a.parquet", ["image"])
+    order = random.Random(0).sample(range(400), 400)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda n: rows[n]["image"], order))
+    assert found == [cells[n] for n in order]

@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
+from patch_retriever import export_patch
 from patch_retriever.backbones.load import load_backbone, with_readout
 from patch_retriever.backbones.readout import PAPER, Readout
 from patch_retriever.errors import UserError
@@ -58,6 +61,57 @@ def test_a_patch_of_pooled_vectors_alone_shares_its_trunk_with_its_base(encoder,
     alone = Patch.load(finished_build / "patch").subtract is None
     assert (base.trunk_fingerprint == encoder.trunk_fingerprint) == alone
     assert base.fingerprint != encoder.fingerprint
+
+
+@pytest.mark.parametrize("name", ["paligemma2", "chameleon", "llava"])
+def test_a_bare_mllm_takes_texts_pictures_and_both(stand_in, name):
+    folder = str(stand_in(name))
+    transformer = load_backbone(folder)
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    expected = model.encode([item.load() for item in ITEMS])
+    np.testing.assert_allclose(load_encoder(folder).embed(ITEMS, "query"), expected, atol=1e-5)
+
+
+def test_a_text_only_model_with_chats_refuses_pictures(random_model, tmp_path):
+    config = Qwen2Config(
+        vocab_size=2000,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    Qwen2Model(config).save_pretrained(tmp_path)
+    of_mllm = AutoTokenizer.from_pretrained(random_model)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=of_mllm.backend_tokenizer, pad_token=of_mllm.pad_token
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | string }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert "message" in encoder.modalities
+    assert encoder.embed([Item("a red star")], "query").shape == (1, 32)
+    picture = next(item for item in ITEMS if item.pictures)
+    with pytest.raises(UserError, match="takes texts alone, and there are items with pictures"):
+        encoder.embed([Item("a red star"), picture], "query")
+
+
+def test_the_base_of_an_export_with_code_has_its_dtype_and_shares_its_trunk(stand_in, tmp_path):
+    readout, patch = Readout(PAPER), Patch("last_hidden_state")
+    transformer = load_backbone(str(stand_in("chameleon")), "bfloat16")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr("patch_retriever.export.check_golden", lambda _: 0.0)
+        export_patch(transformer, readout, patch, tmp_path / "coded", ITEMS[:1])
+    assert (tmp_path / "coded" / "patched_transformer.py").is_file()
+    encoder, base = (load_encoder(f"{tmp_path / 'coded'}{end}") for end in ("", "@base"))
+    assert base.trunk_fingerprint == encoder.trunk_fingerprint
+    live = PatchedRetriever.from_folder(tmp_path / "coded")
+    assert live.dtype == torch.bfloat16
+    expected = with_readout(transformer, readout).encode(
+        [item.load() for item in ITEMS], convert_to_tensor=True
+    )
+    np.testing.assert_allclose(base.embed(ITEMS, "query"), expected.float(), atol=5e-2)
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_the_place(encoder, finished_build, tmp_path):

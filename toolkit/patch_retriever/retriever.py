@@ -86,7 +86,8 @@ class PatchedRetriever(SentenceTransformer):
         built = Path(folder) / "run" / "sae"
         if sae is None and built.is_dir():
             sae = built
-        return cls(with_readout(load_backbone(str(folder), device=device), readout), patch, sae)
+        backbone = with_readout(load_backbone(str(folder), "auto", device), readout)
+        return cls(backbone, patch, sae)
 
     def get_model_kwargs(self) -> list[str]:
         """The arguments of `encode` that reach the forward pass."""

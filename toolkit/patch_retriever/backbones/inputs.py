@@ -80,9 +80,12 @@ class Preparer:
     processor.
     """
 
-    def __init__(self, module: Any, workers: int = WORKERS, as_chat: bool = True) -> None:
-        """`module` is a model's first; without `as_chat` it takes items of one kind at a time."""
-        self._module, self._as_chat = module, as_chat
+    def __init__(
+        self, module: Any, workers: int = WORKERS, as_chat: bool = True, pictures: bool = True
+    ) -> None:
+        """`module` is a model's first; without `as_chat` it takes items of one kind at a time,
+        without `pictures` texts alone (a text-only model's chat template may drop the others)."""
+        self._module, self._as_chat, self._pictures = module, as_chat, pictures
         self._processor = getattr(module, "processor", None)
         self._workers = workers if self._processor is not None else 1
         self._free: SimpleQueue[Any] = SimpleQueue()
@@ -101,6 +104,8 @@ class Preparer:
 
         def prepare(batch: tuple[list[int], list[Item]]) -> tuple[list[int], dict[str, Any]]:
             numbers, some = batch
+            if not self._pictures and any(item.pictures for item in some):
+                raise ValueError("takes texts alone, and there are items with pictures")
             if not self._as_chat and any(item.more_pictures for item in some):
                 raise ValueError("takes one picture an item, and there are items of more")
             loaded = [item.load() if self._as_chat else item.load_plain() for item in some]

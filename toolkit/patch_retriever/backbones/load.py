@@ -96,8 +96,7 @@ def load_backbone(
         _check_attention(transformer, attention, name_or_path)
     if device_map is not None:
         check_placed(transformer, device_map, name_or_path)
-    take_chats(transformer)
-    _cast_pictures(transformer)
+    make_whole(transformer)
     try:
         said = assumed(transformer.model)
     except UserError as error:
@@ -108,6 +107,13 @@ def load_backbone(
         limit_pixels(transformer, max_pixels, name_or_path)
     transformer.model.eval().requires_grad_(False)
     return transformer if device_map is not None else transformer.to(device)
+
+
+def make_whole(transformer: Transformer) -> None:
+    """What stock sentence-transformers lacks for some families: chats of texts, of pictures and of
+    both, and pictures in the dtype of what takes them."""
+    take_chats(transformer)
+    _cast_pictures(transformer)
 
 
 def _check_takes_images(transformer: Transformer, name: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError, first_line
@@ -24,10 +25,11 @@ MOST_ROWS = 2**16
 
 class Turn:
     """Whose turn it is to be open: of the files that share one, only the last that was read holds
-    a window of rows and is open."""
+    a window of rows and is open. One thread reads at a time: `with turn.lock`."""
 
     def __init__(self) -> None:
         self._holder: ParquetRows | None = None
+        self.lock = Lock()
 
     def take(self, holder: ParquetRows) -> None:
         """Close the one before."""
@@ -68,15 +70,16 @@ class ParquetRows:
             raise UserError(f"{self.path}: {len(self)} rows, so no row {row}")
         if not self.columns:
             return {}
-        self._turn.take(self)
-        try:
-            with reading(self.path):
-                while self._window is None or not 0 <= row - self._first < len(self._window):
-                    self._move(row)
-                window = self._window.slice(row - self._first, 1)
-        except UserError:
-            self.close()
-            raise
+        with self._turn.lock:
+            self._turn.take(self)
+            try:
+                with reading(self.path):
+                    while self._window is None or not 0 <= row - self._first < len(self._window):
+                        self._move(row)
+                    window = self._window.slice(row - self._first, 1)
+            except UserError:
+                self.close()
+                raise
         values: dict[str, Any] = window.to_pylist()[0]
         return values
 

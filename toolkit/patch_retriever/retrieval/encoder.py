@@ -57,8 +57,9 @@ class Encoder:
         self._prompts = {name: said for name, said in model.prompts.items() if said}
         self._truncate = model.truncate_dim
         self._unit = str(model.similarity_fn_name or "cosine") != "dot"
-        self._preparer = Preparer(modules[0], workers, "message" in model.modalities)
         self.modalities: tuple[str, ...] = tuple(map(str, model.modalities))
+        chats, pictures = "message" in self.modalities, any("image" in m for m in self.modalities)
+        self._preparer = Preparer(modules[0], workers, chats, pictures)
 
     @property
     def device(self) -> torch.device:

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from patch_retriever.ahead import WORKERS
+from patch_retriever.backbones.families import family_of
 from patch_retriever.backbones.load import (
     BUILT_IN,
     built_in_model,
     check_device,
     load_backbone,
+    make_whole,
     with_readout,
 )
 from patch_retriever.backbones.readout import Readout
@@ -37,23 +39,31 @@ def load_encoder(
     workers: int = WORKERS,
 ) -> Encoder:
     """An encoder of any sentence-transformers model: a folder, a hub id, the built-in model, or
-    `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch.
+    `FOLDER@base` for the backbone and readout of a folder that `build` made, without its patch. A
+    bare MLLM takes texts, pictures and both as `load_backbone`'s does, and is pooled by the mean.
     `revision` of a hub id is a branch, a tag or a commit; None for the newest.
 
     Raises:
         UserError: there is none of that name, it does not load whole, or it has code of its own
             that is not ours, without `trust_remote_code`.
     """
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.util import load_file_path
+
     check_device(device)
     path = str(built_in_model()) if name == BUILT_IN else name
     if revision is not None and (name.endswith(BASE) or Path(path).exists()):
         raise UserError(f"{name}: a folder has no revisions; leave {revision!r} out")
     if name.endswith(BASE):
-        return _load_base(name, device, workers)
+        return _load_base(name, device, workers, trust_remote_code)
     check_model(path)
     commit = None if revision is None else commit_of(path, revision)
     with strict_loading(name):
         model = load_model(path, device, commit, trust_remote_code)
+    first: Any = model[0]
+    bare = load_file_path(path, "modules.json", revision=commit) is None
+    if bare and isinstance(first, Transformer) and family_of(first.config) is not None:
+        make_whole(first)
     return Encoder(model, name, workers=workers)
 
 
@@ -79,10 +89,9 @@ def check_model(name: str) -> None:
         )
 
 
-def _load_base(name: str, device: str, workers: int) -> Encoder:
+def _load_base(name: str, device: str, workers: int, trust_remote_code: bool) -> Encoder:
     """The backbone and readout of an exported patch. A patch that leaves the tokens alone shares
     its trunk with its base, so that one encoding serves both."""
-    from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize
 
     folder = name.removesuffix(BASE)
@@ -90,10 +99,10 @@ def _load_base(name: str, device: str, workers: int) -> Encoder:
     patch = Patch.load(Path(folder) / "patch")
     readout = Readout.from_json(patch.about["readout"])
     if patch.subtractions:
-        backbone = with_readout(load_backbone(folder, device=device), readout)
+        backbone = with_readout(load_backbone(folder, "auto", device), readout)
         return Encoder(backbone, name, workers=workers)
     with strict_loading(folder):
-        model = SentenceTransformer(folder, device=device)
+        model = load_model(folder, device, trust_remote_code=trust_remote_code)
     transformer: Any = model[0]
     d = int(transformer.get_embedding_dimension())
     at = pooled_value(patch, d, readout.pooling)
