@@ -15,10 +15,11 @@ from patch_retriever import PatchedRetriever, build_retriever
 from patch_retriever.backbones.readout import readout_grid
 from patch_retriever.errors import UserError
 from patch_retriever.patch.artefact import Patch
-from patch_retriever.retrieval.encoder import load_encoder
 from patch_retriever.retrieval.evaluate import evaluate_embeddings
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.scenes.tasks import scenes_collection
-from patch_retriever.stages import patched, selection
+from patch_retriever.stages import features as stage
+from patch_retriever.stages import selection
 
 SITE = "layers.0"
 SETTINGS = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "patch_at": SITE}
@@ -125,9 +126,9 @@ def test_analyze_refuses_it_in_one_line(built, tmp_path):
 
 def test_features_are_kept_and_made_once(built, monkeypatch):
     made = []
-    monkeypatch.setattr(patched, "features_without", lambda *args: made.append(args) or len(made))
+    monkeypatch.setattr(stage, "features_without", lambda *args: made.append(args) or len(made))
     patch = Patch.load(built / "patch")
-    features = patched.PatchedFeatures(built / "run" / "unpatched", None, None, None, 1)
+    features = stage.PatchedFeatures(built / "run" / "unpatched", None, None, None, 1)
     assert features("test", patch.layers) == features("test", patch.layers) == 1
     assert features("validation", patch.layers) == 2
     assert features.of("test")(patch) == 1

@@ -21,7 +21,7 @@ from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.publish import export
 from patch_retriever.report import card
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.retriever import PatchedRetriever
 from patch_retriever.stages.readout import load_readout
 

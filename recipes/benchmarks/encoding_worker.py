@@ -215,7 +215,7 @@ def plain_loop(root: Path, batch_size: int, parts: Parts) -> Encode:
 def ours(root: Path, batch_size: int, workers: int, parts: Parts) -> Encode:
     """From files to a file as `patch-retriever encode` does."""
     from patch_retriever.retrieval.encode import encode_file
-    from patch_retriever.retrieval.encoder import load_encoder
+    from patch_retriever.retrieval.load import load_encoder
 
     encoder = load_encoder(str(root / BASE), workers=workers)
     timed(encoder, "_run", "model", parts)

@@ -175,8 +175,8 @@ def measure(
     model: str, root: Path, n_candidates: int, n_queries: int, code_bytes: int, report: Report
 ) -> dict[str, Any]:
     """Figures of one build for both pools."""
-    from patch_retriever.retrieval.encoder import BASE as AT_BASE
-    from patch_retriever.retrieval.encoder import load_encoder
+    from patch_retriever.retrieval.load import BASE as AT_BASE
+    from patch_retriever.retrieval.load import load_encoder
 
     report.progress(f"drawing {n_candidates:,} scenes")
     world = draw("test", n_candidates, n_queries)

@@ -31,7 +31,6 @@ K = 50
 EPOCHS, BATCH, LR = 5, 4096, 8e-4
 BLOCK_BYTES = 1 << 29
 """Of the activations that are shuffled together; up to three such blocks are in memory."""
-HELD_OUT_ITEMS = 256
 
 
 def named_sae(source: str, width: int) -> SparseAutoencoder:
@@ -83,6 +82,7 @@ def _train(
     progress: Progress,
 ) -> TrainedSAE:
     from patch_retriever.activations.collect import LiveSource
+    from patch_retriever.backbones.load import readout_site
     from patch_retriever.backbones.readout import PLAIN, Readout
     from patch_retriever.sae.processes import Processes
     from patch_retriever.sae.settings import SAESettings
@@ -90,10 +90,8 @@ def _train(
 
     tokens, width = _tokens_an_item(embedder, items), embedder.width
     in_block = max(16, int(BLOCK_BYTES / (2 * width * tokens)))
-    source = LiveSource(
-        embedder.transformer, items, Readout(PLAIN), s.batch_size, items_in_block=in_block
-    )
-    source.held_out_items = source.held_out_items[:HELD_OUT_ITEMS]
+    readout = Readout(PLAIN, readout_site(embedder.transformer))
+    source = LiveSource(embedder.transformer, items, readout, s.batch_size, items_in_block=in_block)
     settings = SAESettings(
         expansion=s.model.expansion,
         k=min(K, s.model.expansion * width),

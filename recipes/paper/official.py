@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from patch_retriever.backbones.pooling import pool, pooling_weights
-from patch_retriever.backbones.readout import PAPER, PLAIN, Prompt, Readout
+from patch_retriever.backbones.readout import LAST, PAPER, PLAIN, Prompt, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
 from patch_retriever.lazy import Lazy
-from patch_retriever.pictures.picture import Picture, PictureBytes
+from patch_retriever.pictures.picture import Picture, PictureBytes, in_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -132,6 +132,14 @@ class Resized:
 
         return self.picture.open().resize((self.side, self.side), Image.Resampling.LANCZOS)
 
+    def in_memory(self) -> Resized:
+        """Of the picture's bytes: files with many pictures are read by one thread.
+
+        Raises:
+            UserError: the picture cannot be read.
+        """
+        return replace(self, picture=in_memory(self.picture))
+
     def content_hash(self) -> str:
         """Another one than the picture's."""
         return value_hash([self.picture.content_hash(), self.side, "lanczos"])
@@ -155,24 +163,13 @@ def load_official(
     Raises:
         UserError: it cannot be loaded.
     """
-    from patch_retriever.backbones.families import decoder_path
+    from patch_retriever.backbones.families import n_layers
     from patch_retriever.backbones.load import load_backbone, set_readout
 
     transformer = load_backbone(weights, dtype, device, revision)
-    set_readout(transformer, Readout(PLAIN))
-    if model.before_norm:
-        decoder: Any = transformer.model.get_submodule(decoder_path(transformer.model))
-        decoder.norm = nn.Identity()
-    transformer.register_forward_pre_hook(_pixels_in_the_models_dtype)
+    last = f"layers.{n_layers(transformer.model) - 1}"
+    set_readout(transformer, Readout(PLAIN, last if model.before_norm else LAST))
     return transformer
-
-
-def _pixels_in_the_models_dtype(transformer: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """As the official code has them; Chameleon does not see to it itself."""
-    features, *rest = given
-    if (pixels := features.get("pixel_values")) is not None:
-        features = {**features, "pixel_values": pixels.to(transformer.model.dtype)}
-    return features, *rest
 
 
 def with_poolings(transformer: Transformer, poolings: Sequence[PoolingName]) -> SentenceTransformer:

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from patch_retriever.activations.collect import (
     LiveSource,
     collect_features,
+    collect_patched,
     collect_pooled,
     collect_tokens,
 )
@@ -267,6 +268,27 @@ def test_a_stores_pooled_vectors_are_the_readouts(pooling, transformer, tmp_path
     assert torch.allclose(found_nd, expected_nd, rtol=0.02, atol=0.02)  # bf16
     nearest_n = torch.cdist(found_nd, expected_nd).argmin(1)
     assert torch.equal(nearest_n, torch.arange(len(ITEMS)))
+
+
+def test_all_that_is_collected_keeps_the_token_limit(random_model, tmp_path):
+    free, limited = load_backbone(str(random_model)), load_backbone(str(random_model))
+    readout = Readout(ONE_WORD, "layers.0", max_tokens=100)
+    long = [Item("cats and dogs " * 100), *ITEMS[:2]]
+    kinds_n = KINDS_N[[0, 0, 1]]
+    set_readout(free, readout)
+    cut = free.preprocess([item.load() for item in long])["attention_mask"].sum(1).tolist()
+    assert max(cut) == 100
+    collect_tokens(limited, long, readout, tmp_path)
+    shard = Store(tmp_path).read(0)
+    assert torch.bincount(shard["items_t"]).tolist() == cut
+    expected_nd = collect_pooled(limited, long, [readout])[readout]
+    fresh = load_backbone(str(random_model))  # no limit is left in it
+    sae = make_sae()
+    for found in (
+        collect_features(fresh, long, readout, sae, kinds_n),
+        collect_patched(fresh, long, readout, {}, kinds_n),
+    ):
+        assert (found.pooled_nd - expected_nd).abs().max() < 1e-5
 
 
 # the backbone as a source

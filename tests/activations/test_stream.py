@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patch_retriever.activations.stream import Block, Position, batches
+from patch_retriever.activations.stream import Block, Position, batches, some_of
 
 QUICK = settings(deadline=None, database=None, max_examples=20)
 
@@ -218,3 +218,33 @@ def test_at_most_three_blocks_are_in_memory(pause):
         for _ in islice(stream, 10):
             time.sleep(pause)
     assert 2 <= source.most <= 3
+
+
+# some of many tokens
+
+
+@QUICK
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(0, 60))
+def test_some_tokens_are_in_their_order_with_their_roles(sizes, n):
+    source = Numbered(sizes)
+    parts = [source.read([i]).activations_td for i in range(len(sizes))]
+    tokens_td, roles_t = some_of(((part_td, part_td[:, 1] % 4) for part_td in parts), n)
+    found = numbers(tokens_td)
+    assert len(found) == min(n, sum(sizes))
+    assert found == sorted(set(found))
+    assert torch.equal(roles_t.float(), tokens_td[:, 1] % 4)
+
+
+def test_some_of_many_tokens_are_from_everywhere_and_never_all_in_memory():
+    alive = weakref.WeakSet()
+
+    def parts():
+        for number in range(100):
+            assert sum(map(len, alive)) <= 2 * 50 + 30
+            part_td = torch.full((30, 2), float(number)).bfloat16()
+            alive.add(part_td)
+            yield part_td, torch.zeros(30)
+
+    tokens_td, _ = some_of(parts(), 50)
+    per_stretch = torch.histc(tokens_td[:, 0], bins=5, min=0, max=100)
+    assert per_stretch.min() >= 3

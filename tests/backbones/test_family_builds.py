@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from conftest import SMALL_SAE
 from families import FAMILIES, parameter
 from patch_retriever import PatchedRetriever, build_retriever
+from patch_retriever.backbones.load import load_backbone
 from patch_retriever.items import Item
 from patch_retriever.patch.deep import CODE
 from patch_retriever.pictures.picture import PictureFile
@@ -22,18 +26,34 @@ def golden_python(fresh_python, monkeypatch):
 
 
 @pytest.mark.usefixtures("golden_python")
-def test_build_in_half_precision_where_that_takes_code(stand_in, photo_folder, tmp_path):
-    folder = tmp_path / "out"
-    build_retriever(
-        folder,
-        model=str(stand_in("chameleon")),
-        pairs=str(photo_folder),
-        sae=SMALL_SAE,
-        preset="paper",
-        dtype="bfloat16",
-    )
-    assert (folder / CODE.name).is_file()
-    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+def test_build_in_the_dtype_of_its_files_where_that_takes_code(
+    stand_in, photo_folder, tmp_path, monkeypatch
+):
+    """Of half precision; the model is loaded once."""
+    folder = shutil.copytree(stand_in("chameleon"), tmp_path / "half")
+    load_backbone(str(folder), dtype="bfloat16").model.save_pretrained(folder)
+    loaded = []
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    def from_pretrained(cls, *args, **kwargs):
+        loaded.append(cls.__name__)
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    settings = {"model": str(folder), "pairs": str(photo_folder), "sae": SMALL_SAE}
+    out = tmp_path / "out"
+    build_retriever(out, dtype="auto", preset="paper", **settings)
+    assert loaded == ["ChameleonModel"]
+    assert (out / CODE.name).is_file()
+    assert "trust_remote_code=True" in (out / "README.md").read_text()
+    golden = json.loads((out / "golden" / "result.json").read_text())
+    assert golden["max_abs_diff"] <= 5e-2
+    exported = load_backbone(str(out), dtype="auto")
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+    again = []
+    build_retriever(out, dtype="bfloat16", preset="paper", say=again.append, **settings)
+    assert again
+    assert all("done before" in line or line.startswith("readout: ") for line in again)
 
 
 @pytest.mark.usefixtures("golden_python")

@@ -26,7 +26,7 @@ from patch_retriever.build import model_fingerprint
 from patch_retriever.config import BuildConfig
 from patch_retriever.errors import UserError
 from patch_retriever.report import card
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.runs import MARKER, Run
 
 COMMITS = {None: "a" * 40, "main": "a" * 40, "v2": "b" * 40}

@@ -186,33 +186,6 @@ def test_flash_attention_is_refused_where_it_would_hide_tokens(stand_in, name, m
         load_backbone(str(stand_in(name)), attention="flash_attention_2")
 
 
-def test_a_build_loads_the_model_once_and_in_the_dtype_of_its_files(
-    random_model, tmp_path, monkeypatch
-):
-    folder = shutil.copytree(random_model, tmp_path / "half")
-    load_backbone(str(random_model), dtype="bfloat16").model.save_pretrained(folder)
-    loaded = []
-    original = PreTrainedModel.__dict__["from_pretrained"]
-
-    def from_pretrained(cls, *args, **kwargs):
-        loaded.append(cls.__name__)
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    settings = {"model": str(folder), "preset": "paper", "scenes": SMALL_SCENES, "sae": SMALL_SAE}
-    out = tmp_path / "out"
-    build_retriever(out, dtype="auto", **settings)
-    assert loaded == ["LlavaModel"]
-    golden = json.loads((out / "golden" / "result.json").read_text())
-    assert golden["max_abs_diff"] <= 5e-2
-    exported = load_backbone(str(out), dtype="auto")
-    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
-    again = []
-    build_retriever(out, dtype="bfloat16", say=again.append, **settings)
-    assert again
-    assert all("done before" in line or line.startswith("readout: ") for line in again)
-
-
 MEASURE = """\
 import json, resource, sys
 

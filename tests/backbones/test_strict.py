@@ -16,7 +16,7 @@ from transformers import AutoModel, LlavaForConditionalGeneration
 from patch_retriever.backbones.load import load_backbone
 from patch_retriever.backbones.strict import check_loaded, strict_loading
 from patch_retriever.errors import UserError
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 
 Q_PROJ = "language_model.model.layers.1.self_attn.q_proj.weight"
 

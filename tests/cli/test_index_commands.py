@@ -15,7 +15,7 @@ from commands import error_line, invoke
 from patch_retriever.backbones.load import load_backbone, with_readout
 from patch_retriever.backbones.readout import PAPER, Readout
 from patch_retriever.items import Item
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 
 
 @pytest.fixture(scope="module")

@@ -200,3 +200,14 @@ def test_exporting_twice_gives_the_same_weights():
     first, second = (nn.Sequential(*export_modules(patch, D, "mean")) for _ in range(2))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_codes_hardly_above_and_below_their_threshold():
+    tokens_td = TOKENS_NTD[MASK_NT.bool()]
+    every = Subtract.from_sae(make_sae(torch.zeros(C)), torch.ones(C))
+    largest_c = (tokens_td @ every.W_enc_dm + every.b_enc_m).amax(0)
+    assert (largest_c > 0).all()
+    for nearer in (1 - 4e-6, 1 + 4e-6):
+        sae = make_sae(largest_c * nearer)
+        patch = Patch("last_hidden_state", Subtract.from_sae(sae, torch.ones(C)))
+        assert_exported_equals_patch(patch, sae, "mean")

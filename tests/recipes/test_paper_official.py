@@ -16,6 +16,7 @@ from paper.official import (
     MODELS,
     POOLINGS,
     Poolings,
+    Resized,
     asked,
     load_official,
     official_prompt,
@@ -26,6 +27,7 @@ from patch_retriever.backbones.load import load_backbone, with_readout
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
+from patch_retriever.pictures.picture import PictureFile, in_memory
 from patch_retriever.retrieval.comparison.baselines import MappedVectors
 from patch_retriever.retrieval.encoder import Encoder
 from patch_retriever.retrieval.readers.benchmarks.mbeir_tasks import DIRECTIONS
@@ -302,3 +304,12 @@ def test_a_removal_leaves_nothing_of_its_subspace():
         for step in steps:
             rank = int(name.split()[-1])
             assert torch.linalg.matrix_rank(step.weight_gde[0], atol=1e-4) == 20 - rank
+
+
+def test_a_resized_picture_is_read_before_it_is_opened(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    resized = Resized(PictureFile(tmp_path / "a.png"), 8)
+    ready = in_memory(resized)
+    assert (ready.name, ready.content_hash()) == (resized.name, resized.content_hash())
+    (tmp_path / "a.png").unlink()
+    assert ready.open().size == (8, 8)

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from commands import error_line, invoke
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.scenes.tasks import scenes_collection
 
 ITEMS = scenes_collection("test", 4, 0).items

@@ -18,7 +18,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.retrieval.encode import encode_file, readable
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from patch_retriever.retrieval.encode import encode_file
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.retrieval.readers.items import read_corpus
 
 def own():

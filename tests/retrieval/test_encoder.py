@@ -23,7 +23,8 @@ from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.pictures.picture import PictureFile
-from patch_retriever.retrieval.encoder import Encoder, load_encoder
+from patch_retriever.retrieval.encoder import Encoder
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.retriever import PatchedRetriever
 from patch_retriever.scenes.tasks import scenes_collection
 
@@ -120,7 +121,7 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(encoder, finishe
     moved = Path(shutil.copytree(finished_build, tmp_path / "moved", ignore=ignore))
     assert load_encoder(str(moved)).fingerprint == encoder.fingerprint
     code = (
-        "from patch_retriever.retrieval.encoder import load_encoder;"
+        "from patch_retriever.retrieval.load import load_encoder;"
         f"print(load_encoder({str(moved)!r}).fingerprint)"
     )
     elsewhere = subprocess.run(

@@ -20,7 +20,7 @@ from patch_retriever.backbones.readout import ONE_WORD, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.patch.operators import Subtract
-from patch_retriever.retrieval.encoder import load_encoder
+from patch_retriever.retrieval.load import load_encoder
 
 READOUT = Readout(ONE_WORD, pooling="lasttoken")
 CODE = "patched_transformer.py"

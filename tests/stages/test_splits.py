@@ -20,7 +20,7 @@ from patch_retriever.items import Item
 from patch_retriever.progress import no_progress
 from patch_retriever.runs import DONE
 from patch_retriever.stages.evaluation import evaluate_on_test
-from patch_retriever.stages.patched import SavedFeatures
+from patch_retriever.stages.features import SavedFeatures
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.scoring import score
 from patch_retriever.stages.selection import load_calibration, select

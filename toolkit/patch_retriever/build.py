@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from patch_retriever.activations.collect import collect_tokens
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
+from patch_retriever.backbones.readout import layer_number
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import (
     SCENES,
@@ -28,7 +29,6 @@ from patch_retriever.data import (
 )
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
-from patch_retriever.patch.artefact import layer_number
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
 from patch_retriever.report.page import write_report
@@ -36,8 +36,7 @@ from patch_retriever.retrieval.readers.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages.evaluation import evaluate_on_test
-from patch_retriever.stages.features import collect_splits
-from patch_retriever.stages.patched import PatchedFeatures, collect_unpatched
+from patch_retriever.stages.features import PatchedFeatures, collect_splits, collect_unpatched
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.sae import check_width, learn_concepts
 from patch_retriever.stages.scoring import score

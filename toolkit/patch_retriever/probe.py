@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.families import layers_path, residual_norm
-from patch_retriever.backbones.readout import LAST
+from patch_retriever.backbones.readout import LAST, layer_number
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -104,7 +104,7 @@ def _depth(site: str) -> float:
     """Sites in the order in which the forward pass reaches them."""
     if site.startswith("layers."):
         before = 0.5 if site.endswith(BEFORE_MLP) else 0.0
-        return int(site.removeprefix("layers.").removesuffix(BEFORE_MLP)) - before
+        return layer_number(site.removesuffix(BEFORE_MLP)) - before
     return {LAST: 10**6, "pooled": 10**6 + 1}[site]
 
 

@@ -11,10 +11,10 @@ from sentence_transformers import SentenceTransformer
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import load_backbone, readout_site, with_readout
 from patch_retriever.backbones.pooling import pool, pooling_weights
-from patch_retriever.backbones.readout import PoolingMode, Readout
+from patch_retriever.backbones.readout import PoolingMode, Readout, layer_number
 from patch_retriever.errors import UserError
 from patch_retriever.explain import Explanation, check_sae, explain_pair, pool_item
-from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch, layer_number
+from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.operators import apply_composed, compose
 from patch_retriever.probe import Edit, Probe
 from patch_retriever.sae.formats import load_sae

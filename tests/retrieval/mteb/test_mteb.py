@@ -32,7 +32,8 @@ from local_tasks import (
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureBytes
-from patch_retriever.retrieval.encoder import Encoder, load_encoder
+from patch_retriever.retrieval.encoder import Encoder
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.retrieval.metrics import query_metrics
 from patch_retriever.retrieval.mteb.encoder import MtebEncoder, MtebRetriever, batch_items
 from patch_retriever.retrieval.ranking import Judgements, rank

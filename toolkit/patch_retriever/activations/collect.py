@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +15,7 @@ from patch_retriever.activations.stream import Block, in_blocks, is_held_out, so
 from patch_retriever.backbones.inputs import item_batches
 from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.pooling import pool, pooling_weights
-from patch_retriever.backbones.readout import Readout
+from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
@@ -39,11 +40,11 @@ def collect_pooled(
 ) -> dict[Readout, Tensor]:
     """Pooled vectors (n, d) under each of several readouts, one forward pass per prompt."""
     found: dict[Readout, Tensor] = {}
-    by_inputs = defaultdict(list)
+    by_inputs: dict[Readout, list[Readout]] = defaultdict(list)
     for readout in readouts:
-        by_inputs[readout.prompt, readout.max_tokens].append(readout)
-    for (prompt, max_tokens), group in by_inputs.items():
-        set_readout(transformer, Readout(prompt, max_tokens=max_tokens))
+        by_inputs[replace(readout, site=LAST, pooling="mean")].append(readout)
+    for inputs, group in by_inputs.items():
+        set_readout(transformer, inputs)
         probe = Probe(transformer)
         sites = sorted({readout.site for readout in group})
         for numbers, features in item_batches(transformer, items, batch_size, progress):
@@ -67,16 +68,34 @@ def collect_patched(
     progress: Progress = no_progress,
 ) -> Features:
     """Pooled vectors of `items` by the model that is patched at `layers`, without codes."""
-    set_readout(transformer, Readout(readout.prompt))
-    probe, edits = Probe(transformer), {site: s.on_stream for site, s in layers.items()}
     width = transformer.get_embedding_dimension()
     pooled_nd, mean_nd = torch.empty(2, len(items), width).unbind()
-    for numbers, features in item_batches(transformer, items, batch_size, progress):
-        tokens_ntd = probe.read(features, [readout.site], edits)[readout.site]
+    batches = _read_batches(transformer, items, readout, batch_size, progress, layers)
+    for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"]
         pooled_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, readout.pooling)).cpu()
         mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
     return Features(pooled_nd, mean_nd, Codes.from_dense(torch.zeros(len(items), 0)), kinds_n)
+
+
+def _read_batches(
+    transformer: Transformer,
+    items: Sequence[Item],
+    readout: Readout,
+    batch_size: int,
+    progress: Progress = no_progress,
+    layers: Mapping[str, Subtract] | None = None,
+) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
+    """Item numbers, features and the tokens (n, t, d) at the readout's site, by batches; of the
+    model that is patched at `layers`. Sets the inputs of the readout now: the probe reads its site,
+    so that the model ends there and keeps no list of all layers."""
+    set_readout(transformer, replace(readout, site=LAST))
+    probe, site = Probe(transformer), readout.site
+    edits = {layer: subtract.on_stream for layer, subtract in (layers or {}).items()}
+    return (
+        (numbers, features, probe.read(features, [site], edits)[site])
+        for numbers, features in item_batches(transformer, items, batch_size, progress)
+    )
 
 
 def collect_tokens(
@@ -106,10 +125,9 @@ def _token_batches(
     progress: Progress = no_progress,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Activations (t, d), roles, whether pooled, and item numbers of all tokens, by batches."""
-    set_readout(transformer, Readout(readout.prompt))
-    probe, roles_of = Probe(transformer), TokenRoles(transformer)
-    for numbers, features in item_batches(transformer, items, batch_size, progress):
-        tokens_ntd = probe.read(features, [readout.site])[readout.site]
+    batches = _read_batches(transformer, items, readout, batch_size, progress)
+    roles_of = TokenRoles(transformer)
+    for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"].bool()
         pooled_nt = pooling_weights(mask_nt, readout.pooling) > 0
         roles_nt = roles_of(features)
@@ -158,22 +176,20 @@ class LiveSource:
 
     def read(self, block: list[int]) -> Block:
         """The tokens of some items."""
-        activations_td, _, pooled_t = self._tokens([self.items[number] for number in block])
-        return Block(activations_td, pooled_t)
+        parts = list(self._tokens([self.items[number] for number in block]))
+        return Block(torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts]))
 
     def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Up to `tokens` tokens of the items that `read` never gives, and their roles."""
-        activations_td, roles_t, _ = self._tokens(self.held_out_items)
-        return some_of(activations_td, roles_t, tokens)
+        """Up to `tokens` tokens of the items that `read` never gives, and their roles; about twice
+        as many are in memory at the most."""
+        parts = self._tokens(self.held_out_items)
+        return some_of(((activations_td, roles_t) for activations_td, roles_t, _ in parts), tokens)
 
-    def _tokens(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Activations in bf16, roles, and whether pooled, of all tokens of some items."""
-        found = list(_token_batches(self.transformer, items, self.readout, self.batch_size))
-        return (
-            torch.cat([tokens[0].to(torch.bfloat16).cpu() for tokens in found]),
-            torch.cat([tokens[1].cpu() for tokens in found]),
-            torch.cat([tokens[2].cpu() for tokens in found]),
-        )
+        batches = _token_batches(self.transformer, items, self.readout, self.batch_size)
+        for activations_td, roles_t, pooled_t, _ in batches:
+            yield activations_td.to(torch.bfloat16).cpu(), roles_t, pooled_t.cpu()
 
 
 def collect_features(
@@ -191,14 +207,12 @@ def collect_features(
     With `by_role` also each concept's energy on the tokens of each role, for which every token is
     encoded, not only those that the pooling reads.
     """
-    set_readout(transformer, Readout(readout.prompt))
-    probe = Probe(transformer)
+    batches = _read_batches(transformer, items, readout, batch_size, progress)
     roles_of = TokenRoles(transformer) if by_role else None
     role_energy = _RoleEnergy(sae.n_concepts)
-    pooled_nd, mean_nd = torch.empty(len(items), sae.d_in), torch.empty(len(items), sae.d_in)
-    batches: list[tuple[list[int], Codes]] = []
-    for numbers, features in item_batches(transformer, items, batch_size, progress):
-        tokens_ntd = probe.read(features, [readout.site])[readout.site].float()
+    pooled_nd, mean_nd = torch.empty(2, len(items), sae.d_in).unbind()
+    codes: list[tuple[list[int], Codes]] = []
+    for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"]
         weights_nt = pooling_weights(mask_nt, readout.pooling)
         pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
@@ -206,14 +220,13 @@ def collect_features(
         roles_nt = None if roles_of is None else roles_of(features).long()
         encoded_nt = weights_nt > 0 if roles_nt is None else mask_nt.bool()
         codes_nc = torch.zeros(len(numbers), sae.n_concepts, device=tokens_ntd.device)
-        for item_t, position_t, codes_tc in _encoded(tokens_ntd, encoded_nt, sae):
+        for item_t, position_t, codes_tc in _encoded(tokens_ntd.float(), encoded_nt, sae):
             codes_nc.index_add_(0, item_t, codes_tc * weights_nt[item_t, position_t, None])
             if roles_nt is not None:
                 role_energy.add(roles_nt[item_t.cpu(), position_t.cpu()], codes_tc)
-        batches.append((numbers, Codes.from_dense(codes_nc.cpu())))
-    codes = Codes.from_batches(batches)
+        codes.append((numbers, Codes.from_dense(codes_nc.cpu())))
     energy_cr = role_energy.mean_cr() if by_role else None
-    return Features(pooled_nd, mean_nd, codes, kinds_n, energy_cr)
+    return Features(pooled_nd, mean_nd, Codes.from_batches(codes), kinds_n, energy_cr)
 
 
 def _encoded(

@@ -141,15 +141,16 @@ class Store:
         n = len(self.shards)
         # about one in twenty is held out; shards are alike in kind only within a stretch
         wanted = min(n, max(16, round(20 * tokens * n / self.n_tokens)))
-        activations, roles = [], []
-        for number in torch.linspace(0, n - 1, wanted).round().long().tolist():
-            shard = self.read(number)
-            kept_t = self._is_held_out(number, shard)
-            activations.append(shard["activations_td"][kept_t])
-            roles.append(shard["roles_t"][kept_t])
-        if not any(map(len, roles)):
+        numbers = torch.linspace(0, n - 1, wanted).round().long().tolist()
+        activations_td, roles_t = some_of(map(self._held_out, numbers), tokens)
+        if not len(roles_t):
             raise UserError(f"{self.folder}: too few tokens to hold some out; collect more items")
-        return some_of(torch.cat(activations), torch.cat(roles), tokens)
+        return activations_td, roles_t
+
+    def _held_out(self, number: int) -> tuple[Tensor, Tensor]:
+        shard = self.read(number)
+        kept_t = self._is_held_out(number, shard)
+        return shard["activations_td"][kept_t], shard["roles_t"][kept_t]
 
     def _is_held_out(self, number: int, shard: dict[str, Tensor]) -> Tensor:
         """Which tokens are; by items, or by themselves where there are few items."""

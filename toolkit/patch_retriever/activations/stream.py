@@ -6,7 +6,7 @@ and gives what it would have given.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -60,10 +60,24 @@ def in_blocks(numbers: list[int], size: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(np.array(numbers, int), count)]
 
 
-def some_of(tokens_td: Tensor, roles_t: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Up to n tokens, scattered over all, with their roles."""
-    picks = torch.randperm(len(roles_t), generator=_generator(0))[:n].sort().values
-    return tokens_td[picks].float(), roles_t[picks]
+def some_of(parts: Iterable[tuple[Tensor, Tensor]], n: int) -> tuple[Tensor, Tensor]:
+    """Up to n tokens, in float32, scattered over all of `parts`, with their roles, in their order;
+    no more than 2 n and a part are held at once. At least one part is expected."""
+    generator = _generator(0)
+    held: list[tuple[Tensor, ...]] = []  # activations, roles, and a random rank of every token
+
+    def thin_out() -> None:
+        tokens_td, roles_t, rank_t = map(torch.cat, zip(*held, strict=True))
+        picks = rank_t.argsort()[:n].sort().values
+        held[:] = [(tokens_td[picks], roles_t[picks], rank_t[picks])]
+
+    for tokens_td, roles_t in parts:
+        held.append((tokens_td, roles_t, torch.rand(len(roles_t), generator=generator)))
+        if sum(len(roles_t) for _, roles_t, _ in held) > 2 * n:
+            thin_out()
+    thin_out()
+    tokens_td, roles_t, _ = held[0]
+    return tokens_td.float(), roles_t
 
 
 class Position(NamedTuple):

@@ -27,8 +27,7 @@ from patch_retriever.patch.operators import Gate
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.runs import DONE, MARKER, Done, Run, check_finished, damaged, read_done
-from patch_retriever.stages.features import collect_splits
-from patch_retriever.stages.patched import SavedFeatures
+from patch_retriever.stages.features import SavedFeatures, collect_splits
 from patch_retriever.stages.readout import load_readout
 from patch_retriever.stages.sae import learn_concepts
 from patch_retriever.stages.scoring import score

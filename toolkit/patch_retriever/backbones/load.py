@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from patch_retriever.backbones.chat import take_chats
 from patch_retriever.backbones.families import assumed, family_of, image_token_id
 from patch_retriever.backbones.image_backend import use_pillow
-from patch_retriever.backbones.limits import limit_tokens
-from patch_retriever.backbones.pixels import limit_pixels
+from patch_retriever.backbones.pixel_budget import limit_pixels
 from patch_retriever.backbones.placement import DeviceMap, check_placed, device_of
-from patch_retriever.backbones.readout import LAST, Readout
+from patch_retriever.backbones.readout import LAST, Readout, layer_number
 from patch_retriever.backbones.strict import no_image_part, strict_loading
+from patch_retriever.backbones.token_limit import limit_tokens
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.hub import commit_of
 
@@ -243,7 +243,7 @@ def set_readout(transformer: Transformer, readout: Readout) -> None:
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1
-        output = ["hidden_states", int(readout.site.removeprefix("layers.")) + 1]
+        output = ["hidden_states", layer_number(readout.site) + 1]
         # else transformers puts the normed state in the last one's place
         for config in (transformer.config, transformer.config.get_text_config()):
             config.tie_last_hidden_states = False

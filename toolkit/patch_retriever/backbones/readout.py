@@ -20,6 +20,17 @@ POOLINGS: tuple[PoolingMode, ...] = get_args(PoolingMode)
 LAST = "last_hidden_state"
 
 
+def layer_number(site: str) -> int:
+    """N of `layers.N`.
+
+    Raises:
+        ValueError: it is another site.
+    """
+    if not re.fullmatch(r"layers\.\d+", site):
+        raise ValueError(f"{site!r} is no layer (layers.N)")
+    return int(site.removeprefix("layers."))
+
+
 @dataclass(frozen=True)
 class Room:
     """How much a token limit leaves beside a picture.
@@ -228,7 +239,7 @@ def readout_grid(
     Every prompt with every pooling, at the last layer, the one before and the middle one. One
     forward pass per prompt serves them all.
     """
-    patched = -1 if after is None else int(after.removeprefix("layers."))
+    patched = -1 if after is None else layer_number(after)
     numbers = sorted({n_layers - 2, n_layers // 2 - 1})
     sites = [LAST, *(f"layers.{i}" for i in numbers if i > patched)]
     for prompt in prompts:

@@ -56,7 +56,7 @@ def encode(
     from patch_retriever.cli.progress import Narrator, quiet_libraries
     from patch_retriever.lazy import Lazy
     from patch_retriever.retrieval.encode import encode_file, readable
-    from patch_retriever.retrieval.encoder import load_encoder
+    from patch_retriever.retrieval.load import load_encoder
     from patch_retriever.retrieval.readers.items import read_corpus
 
     quiet_libraries()

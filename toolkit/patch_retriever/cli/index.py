@@ -72,9 +72,9 @@ def index(
     patch-retriever index new-photos -o photos-index --add
     """
     from patch_retriever.cli.progress import Narrator, quiet_libraries
-    from patch_retriever.retrieval.encoder import load_encoder
     from patch_retriever.retrieval.index.indexing import IndexOptions, add_corpus, index_corpus
     from patch_retriever.retrieval.index.manifest import maker
+    from patch_retriever.retrieval.load import load_encoder
     from patch_retriever.retrieval.readers.items import read_corpus
 
     if model is None:
@@ -149,8 +149,8 @@ def index_migrate(
     patch-retriever index-migrate photos-index -m demo@base -o photos-index-base
     """
     from patch_retriever.cli.progress import Narrator, quiet_libraries
-    from patch_retriever.retrieval.encoder import load_encoder
     from patch_retriever.retrieval.index.migration import migrate
+    from patch_retriever.retrieval.load import load_encoder
 
     quiet_libraries()
     count = migrate(

@@ -62,10 +62,10 @@ def search(
     """
     from patch_retriever.cli.progress import quiet_libraries
     from patch_retriever.items import Item
-    from patch_retriever.retrieval.encoder import load_encoder
     from patch_retriever.retrieval.index.answers import answer
     from patch_retriever.retrieval.index.manifest import maker
     from patch_retriever.retrieval.index.search import SavedIndex
+    from patch_retriever.retrieval.load import load_encoder
     from patch_retriever.retrieval.readers.items import read_corpus
 
     asked = [Item.parse(query) for query in queries]

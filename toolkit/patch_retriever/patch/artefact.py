@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch_retriever.backbones.readout import LAST
+from patch_retriever.backbones.readout import LAST, layer_number
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.files import write_json, write_tensors
@@ -154,17 +153,6 @@ class Patch:
             return cls(values["site"], subtract, maps, gate, values["about"], layers)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder}: a damaged patch ({error}); build it again") from None
-
-
-def layer_number(site: str) -> int:
-    """N of `layers.N`.
-
-    Raises:
-        ValueError: it is another site.
-    """
-    if not re.fullmatch(r"layers\.\d+", site):
-        raise ValueError(f"{site!r} is no layer (layers.N)")
-    return int(site.removeprefix("layers."))
 
 
 def _prefix(operator: Mapping[str, str]) -> str:

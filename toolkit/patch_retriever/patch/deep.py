@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from patch_retriever.backbones.families import casts_pictures, layers_path
-from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch, layer_number
+from patch_retriever.backbones.readout import layer_number
+from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.export import Layout
 from patch_retriever.patch.operators import Gate, Subtract, compose
 

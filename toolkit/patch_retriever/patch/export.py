@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 _OPEN = 60.0
 """sigmoid(60) is exactly 1, sigmoid(-60) times an activation is below its last digit."""
-_STEEP = 1e6
-"""How fast a switch closes, in units of its threshold or margin."""
+_STEEP = 1e8
+"""How fast a switch closes, in units of its threshold or margin: half open only for what is nearer
+to it than float32 tells apart."""
 
 
 def token_modules(subtract: Subtract, keep_raw: bool) -> list[Dense]:

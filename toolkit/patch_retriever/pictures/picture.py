@@ -55,6 +55,14 @@ class _Stored:
         """
         return decode(self.read(), self.name)
 
+    def in_memory(self) -> PictureBytes:
+        """The same with its bytes read.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return PictureBytes(self.name, self.read())
+
     def size(self) -> tuple[int, int] | None:
         """Width and height as they are stored, without decoding; None if it is no image."""
         from PIL import Image
@@ -116,16 +124,21 @@ class PictureBytes(_Stored):
         """The bytes."""
         return self.data
 
+    def in_memory(self) -> PictureBytes:
+        """Itself."""
+        return self
+
 
 def in_memory(picture: Picture) -> Picture:
-    """The picture with its bytes read, if it is kept as bytes.
+    """The picture with its bytes read, where it is kept as bytes or made of one that is: such have
+    a method of this name.
 
     Raises:
         UserError: they cannot be read.
     """
-    if not isinstance(picture, _Stored) or isinstance(picture, PictureBytes):
-        return picture
-    return PictureBytes(picture.name, picture.read())
+    read = getattr(picture, "in_memory", None)
+    found: Picture = picture if read is None else read()
+    return found
 
 
 def size_of(picture: Picture) -> tuple[int, int] | None:

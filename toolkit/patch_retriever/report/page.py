@@ -23,7 +23,7 @@ from patch_retriever.report.gallery import gallery
 from patch_retriever.report.rendering import render
 from patch_retriever.report.table import EXPLANATION, NEEDS
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.stages.patched import PatchedFeatures
+from patch_retriever.stages.features import PatchedFeatures
 from patch_retriever.stages.readout import load_readout
 
 if TYPE_CHECKING:

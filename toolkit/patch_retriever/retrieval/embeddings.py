@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from patch_retriever.ahead import made_ahead
-from patch_retriever.backbones.inputs import WINDOW, item_in_memory
+from patch_retriever.backbones.inputs import WINDOW
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, lock, write, write_json
 from patch_retriever.items import Item
 from patch_retriever.progress import Progress, Say, Ticks, no_progress, silent
 from patch_retriever.retrieval.encoder import Encoder, Role
+from patch_retriever.retrieval.reading import read_items
 
 MANIFEST = "embeddings.json"
 FORMAT = 1
@@ -198,22 +198,33 @@ def embed_items(
     wanted: list[int] = []  # numbers of the items that are encoded
     ticks = Ticks(progress, len(items))
 
-    def missing(read: Iterable[_Read]) -> Iterator[Item]:
-        for number, (item, key, problem) in enumerate(read):
-            keys_n[number] = key
-            if problem is not None:
-                skipped.append(problem)
-            elif key not in coming and not store.has(keys_n[number : number + 1])[0]:
-                coming.add(key)
-                wanted.append(number)
-                yield item
+    def with_key(item: Item) -> tuple[Item, bytes]:
+        key = bytes.fromhex(item.content_hash())[: KEY.itemsize]
+        if skip_bad:
+            item.check_picture()
+        return item, key
+
+    def missing(read: Iterable[tuple[Item, bytes] | UserError]) -> Iterator[Item]:
+        for number, found in enumerate(read):
+            if isinstance(found, UserError):
+                if not skip_bad:
+                    raise found
+                skipped.append(str(found))
+                ticks.tick()
                 continue
-            ticks.tick()
+            item, keys_n[number] = found
+            if found[1] in coming or store.has(keys_n[number : number + 1])[0]:
+                ticks.tick()
+                continue
+            coming.add(found[1])
+            wanted.append(number)
+            yield item
 
     began, flushed = time.perf_counter(), time.monotonic()
     encoded = 0
     try:
-        with closing(_read(items, skip_bad, batch_size, encoder.workers)) as read:
+        ahead = WINDOW * batch_size
+        with closing(read_items(items, with_key, encoder.workers, ahead)) as read:
             for positions, vectors_nw in encoder.stream(missing(read), role, prompt, batch_size):
                 before = len(store)
                 store.add(keys_n[[wanted[position] for position in positions]], vectors_nw)
@@ -230,42 +241,6 @@ def embed_items(
     ticks.end()
     seconds = time.perf_counter() - began if encoded else 0.0
     return Embedded(keys_n, encoded, seconds, tuple(skipped))
-
-
-class _Read(NamedTuple):
-    """An item with its picture's bytes in memory and its key, or why it is left out."""
-
-    item: Item
-    key: bytes = b""
-    problem: str | None = None
-
-
-def _read(items: Sequence[Item], skip_bad: bool, batch_size: int, workers: int) -> Generator[_Read]:
-    """All items in their order, read and looked at ahead."""
-
-    def read(number: int) -> tuple[Item, UserError | None]:
-        item = items[number]
-        try:
-            return item_in_memory(item), None
-        except UserError as error:
-            return item, error
-
-    def look(found: tuple[Item, UserError | None]) -> _Read:
-        item, problem = found
-        if problem is None:
-            try:
-                key = bytes.fromhex(item.content_hash())[: KEY.itemsize]
-                if skip_bad:
-                    item.check_picture()
-                return _Read(item, key)
-            except UserError as error:
-                problem = error
-        if not skip_bad:
-            raise problem
-        return _Read(item, problem=str(problem))
-
-    in_order = made_ahead(read, range(len(items)), ahead=WINDOW * batch_size)
-    return made_ahead(look, in_order, workers)
 
 
 class StoredVectors:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from patch_retriever.ahead import WORKERS, made_ahead
-from patch_retriever.backbones.inputs import item_in_memory
-from patch_retriever.errors import UserError
+from patch_retriever.ahead import WORKERS
 from patch_retriever.files import write
 from patch_retriever.items import Item
 from patch_retriever.progress import Progress, Ticks, no_progress
+from patch_retriever.retrieval.reading import read_items
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
@@ -24,30 +23,14 @@ def readable(
 ) -> tuple[list[int], list[str]]:
     """Numbers of the items whose pictures can be opened, and a line for each of the others."""
 
-    def read(number: int) -> Item | str:
-        try:
-            return item_in_memory(items[number])
-        except UserError as error:
-            return str(error)
-
-    def problem(read: Item | str) -> str | None:
-        if isinstance(read, str):
-            return read
-        try:
-            read.check_picture()
-        except UserError as error:
-            return str(error)
-        return None
-
     kept: list[int] = []
     skipped: list[str] = []
-    in_order = made_ahead(read, range(len(items)))
-    problems = made_ahead(problem, in_order, workers)
-    for number, found in enumerate(progress(problems, len(items))):
-        if found is None:
+    checked = read_items(items, Item.check_picture, workers)
+    for number, problem in enumerate(progress(checked, len(items))):
+        if problem is None:
             kept.append(number)
         else:
-            skipped.append(found)
+            skipped.append(str(problem))
     return kept, skipped
 
 

@@ -17,7 +17,7 @@ from patch_retriever.patch.methods import methods
 from patch_retriever.progress import Progress
 from patch_retriever.report.table import Row, Table
 from patch_retriever.retrieval.evaluate import PairedBootstrap, evaluate, evaluate_pooled
-from patch_retriever.stages.patched import SavedFeatures
+from patch_retriever.stages.features import SavedFeatures
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer

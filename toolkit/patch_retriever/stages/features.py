@@ -1,22 +1,30 @@
-"""The stage that makes the features of every split."""
+"""The features of every split: by the model as it is, and while layers of it are patched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from patch_retriever.activations.collect import collect_features
+from patch_retriever.activations.collect import collect_features, collect_patched
 from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.data import SPLITS, Data
+from patch_retriever.features import Features
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.operators import Subtract
 from patch_retriever.progress import Progress
 from patch_retriever.sae.formats import load_sae
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
+
+_KEPT = 8
+"""Features that are kept in memory: methods come back to a setting's at once or not at all."""
 
 
 def collect_splits(
@@ -39,3 +47,72 @@ def collect_splits(
             transformer, collection.items, readout, sae, kinds_n, batch_size, progress, by_role
         )
         found.save(folder / f"{split}.safetensors")
+
+
+def collect_unpatched(
+    transformer: Transformer, data: Data, readout: Readout, batch_size: int, folder: Path
+) -> None:
+    """Pooled vectors of every split at the readout, one file each, without codes."""
+    for split in SPLITS:
+        found = features_without(transformer, data, readout, batch_size, split, {})
+        found.save(folder / f"{split}.safetensors")
+
+
+class SavedFeatures:
+    """Features of the splits at the readout, as a stage left them in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def of(self, split: str) -> Callable[[Patch], Features]:
+        """Features of a split by the patch that they are for."""
+        return lambda patch: self(split, patch.layers)
+
+    def __call__(self, split: str, layers: Mapping[str, Subtract]) -> Features:
+        """Features of a split by the model without what is subtracted at `layers`."""
+        assert not layers, "these need a pass through the model"
+        return Features.load(self._folder / f"{split}.safetensors")
+
+
+class PatchedFeatures(SavedFeatures):
+    """The same, and those under any patch of layers, each for a pass through the model."""
+
+    def __init__(
+        self,
+        folder: Path,
+        transformer: Transformer,
+        data: Data,
+        readout: Readout,
+        batch_size: int,
+    ) -> None:
+        super().__init__(folder)
+        self._run = partial(features_without, transformer, data, readout, batch_size)
+        self._kept: OrderedDict[object, Features] = OrderedDict()
+
+    def __call__(self, split: str, layers: Mapping[str, Subtract]) -> Features:
+        """Features of a split by the model without what is subtracted at `layers`."""
+        key = (split, *((site, *map(_bytes, vars(s).values())) for site, s in layers.items()))
+        if key not in self._kept:
+            made = self._run(split, layers) if layers else super().__call__(split, layers)
+            self._kept[key] = made
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[key]
+
+
+def features_without(
+    transformer: Transformer,
+    data: Data,
+    readout: Readout,
+    batch_size: int,
+    split: str,
+    layers: Mapping[str, Subtract],
+) -> Features:
+    """Features of a split at the readout by the model without what is subtracted at `layers`."""
+    collection = data.splits[split]
+    kinds_n = torch.from_numpy(collection.kinds())
+    return collect_patched(transformer, collection.items, readout, layers, kinds_n, batch_size)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()

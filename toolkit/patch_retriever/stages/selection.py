@@ -22,7 +22,7 @@ from patch_retriever.patch.methods import methods
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import evaluate
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.stages.patched import SavedFeatures
+from patch_retriever.stages.features import SavedFeatures
 
 
 def load_calibration(

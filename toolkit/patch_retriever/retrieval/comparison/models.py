@@ -17,8 +17,9 @@ from patch_retriever.retrieval.comparison.baselines import Baseline, baselines
 from patch_retriever.retrieval.comparison.bench import Bench
 from patch_retriever.retrieval.comparison.result import Comparison, Row, Settings
 from patch_retriever.retrieval.comparison.trial import Trial
-from patch_retriever.retrieval.encoder import BASE, Encoder, check_model, load_encoder
+from patch_retriever.retrieval.encoder import Encoder
 from patch_retriever.retrieval.index.factory import check_factory
+from patch_retriever.retrieval.load import BASE, check_model, load_encoder
 from patch_retriever.retrieval.tasks import RetrievalTask
 from patch_retriever.runs import MARKER, is_ours
 

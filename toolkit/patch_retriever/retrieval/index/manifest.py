@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, lock, value_hash, write_json
-from patch_retriever.retrieval.encoder import BASE
+from patch_retriever.retrieval.load import BASE
 
 if TYPE_CHECKING:
     from patch_retriever.retrieval.encoder import Encoder, Role
@@ -82,7 +82,7 @@ class MadeBy:
     @classmethod
     def of(cls, encoder: Encoder, role: Role) -> MadeBy:
         """Of a loaded model."""
-        from patch_retriever.retrieval.encoder import BASE
+        from patch_retriever.retrieval.load import BASE
 
         path = Path(encoder.name.removesuffix(BASE))
         name = encoder.name.replace(str(path), str(path.absolute()), 1)

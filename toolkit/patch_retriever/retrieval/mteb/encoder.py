@@ -24,7 +24,8 @@ from patch_retriever.hub import is_hub_id
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import to_rgb
 from patch_retriever.retrieval.encode import write_vectors
-from patch_retriever.retrieval.encoder import ROLES, Encoder, Role, load_encoder
+from patch_retriever.retrieval.encoder import ROLES, Encoder, Role
+from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.retrieval.readers.benchmarks.mteb_tasks import (
     import_mteb,
     task_items,

@@ -13,9 +13,9 @@ from sentence_transformers import SentenceTransformer
 
 from families import FAMILIES, missing
 from patch_retriever.backbones.families import image_token_id
-from patch_retriever.backbones.limits import largest_picture
 from patch_retriever.backbones.load import load_backbone, set_readout, with_readout
 from patch_retriever.backbones.readout import ONE_WORD, PAPER, PLAIN, Prompt, Readout
+from patch_retriever.backbones.token_limit import largest_picture
 from patch_retriever.errors import UserError
 
 LONG = "two small dogs on a mat, asleep; " * 60
