@@ -105,16 +105,14 @@ class BuildConfig(BaseModel):
                 "prompt": Prompt.__dataclass_fields__,
             }
             known = ", ".join(sections.get(str(section), cls.model_fields))
+            overridden = overrides.get(key.partition(".")[0]) is not None
+            where = "settings" if path is None or overridden else path
             if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-                raise UserError(
-                    f"{path or 'settings'}: unknown key {key!r}; known keys: {known}"
-                ) from None
+                raise UserError(f"{where}: unknown key {key!r}; known keys: {known}") from None
             said = problem["msg"].removeprefix("Value error, ")
-            raise UserError(f"{path or 'settings'}: {key}: {said}") from None
+            raise UserError(f"{where}: {key}: {said}") from None
         if config.preset == "paper" and (config.prompt or config.pooling):
-            raise UserError(
-                f"{path or 'settings'}: preset paper pins prompt and pooling; leave those out"
-            )
+            raise UserError("settings: preset paper pins prompt and pooling; leave those out")
         return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from patch_retriever.backbones.families import family_of
 from patch_retriever.backbones.readout import PROMPT_VARIABLE, Room
 from patch_retriever.errors import UserError
 
@@ -43,9 +44,11 @@ def limit_tokens(transformer: Transformer, max_tokens: int) -> Room:
     others = _length(transformer, largest, None), _length(transformer, None, "a")
     least = max(whole, *others) + _SPARE
     if max_tokens < least:
+        family = family_of(transformer.config)
+        smaller = ", or a smaller max_pixels" if family is not None and family.pixels else ""
         raise UserError(
             f"max_tokens: {max_tokens} is too small; the template, the prompt and the largest "
-            f"picture ({picture} tokens) need {least}; give that at least, or a smaller max_pixels"
+            f"picture ({picture} tokens) need {least}; give that at least{smaller}"
         )
     tokenizer.model_max_length = max_tokens
     tokenizer.truncation_side = "right"  # the template's start and pictures are left
