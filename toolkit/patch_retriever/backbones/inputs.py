@@ -13,6 +13,7 @@ import torch
 from patch_retriever.ahead import WORKERS, made_ahead
 from patch_retriever.backbones.placement import device_of
 from patch_retriever.items import KINDS, Item
+from patch_retriever.lazy import Lazy
 from patch_retriever.pictures.picture import in_memory, size_of
 from patch_retriever.progress import Progress, no_progress
 
@@ -39,9 +40,10 @@ def item_batches(
         UserError: a picture cannot be read; the batches before it come first.
     """
     device = device_of(transformer)
-    batches = Preparer(transformer, workers).batches(items, batch_size)
-    for numbers, features in progress(batches, -(-len(items) // batch_size)):
-        yield numbers, on_device(features, device)
+    order = sorted(range(len(items)), key=lambda n: (items[n].kind, len(items[n].text or "")))
+    batches = Preparer(transformer, workers).batches(Lazy(order, items.__getitem__), batch_size)
+    for positions, features in progress(batches, -(-len(items) // batch_size)):
+        yield [order[n] for n in positions], on_device(features, device)
 
 
 def preprocessed(transformer: Transformer, loaded: list[Any]) -> dict[str, Any]:
@@ -94,8 +96,8 @@ class Preparer:
     def batches(
         self, items: Iterable[Item], batch_size: int, **settings: Any
     ) -> Generator[tuple[list[int], dict[str, Any]]]:
-        """(positions in `items`, features on the CPU) of batches, the longest items of every
-        window first; as many batches are ahead as there are workers.
+        """(positions in `items`, features on the CPU) of batches, those of every window by kind and
+        length; as many batches are ahead as there are workers.
 
         A sequence is read ahead; what an iterator gives has its pictures in memory already.
         `settings` go to the module's `preprocess`.
@@ -131,13 +133,9 @@ class Preparer:
             start += len(window)
 
     def _groups(self, window: Sequence[Item]) -> list[list[int]]:
-        """Numbers of items that may share a batch, by kind, the longest first."""
+        """Numbers of items that may share a batch, by kind, the shortest first."""
         lengths = self._lengths(window)
-        order = sorted(
-            range(len(window)),
-            key=lambda n: (KINDS.index(window[n].kind), lengths[n]),
-            reverse=True,
-        )
+        order = sorted(range(len(window)), key=lambda n: (window[n].kind, lengths[n]))
         if self._as_chat:
             return [order]
         return [[n for n in order if window[n].kind == kind] for kind in KINDS]
