@@ -26,6 +26,7 @@ from patch_retriever.pictures.picture import PictureFile
 from patch_retriever.retrieval.encoder import Encoder
 from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.retriever import PatchedRetriever
+from patch_retriever.runs import MARKER
 from patch_retriever.scenes.tasks import scenes_collection
 
 ITEMS = scenes_collection("test", 5, 0).items
@@ -208,9 +209,13 @@ def test_a_truncated_model_gives_short_unit_vectors(random_model):
 
 
 def test_what_is_no_model_is_told(tmp_path, finished_build):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / MARKER).write_text("{}")
     for name, words in (
         (tmp_path / "none", "no such model folder"),
         (tmp_path, "no model in this folder"),
+        (unfinished, "its build has not finished; run the same build again"),
         (f"{tmp_path}@base", "no model in this folder"),
     ):
         with pytest.raises(UserError, match=words):

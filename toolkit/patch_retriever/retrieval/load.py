@@ -25,6 +25,7 @@ from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.export import pooled_value
 from patch_retriever.retrieval.encoder import Encoder
 from patch_retriever.retrieval.remote_code import load_model
+from patch_retriever.runs import is_ours
 
 BASE = "@base"
 """Ends the name of a model that `build` made: its backbone and readout, without its patch."""
@@ -84,6 +85,8 @@ def check_model(name: str) -> None:
     if folder.is_dir() and not (
         {p.name for p in folder.iterdir()} & {"modules.json", "config.json"}
     ):
+        if is_ours(folder):
+            raise UserError(f"{name}: its build has not finished; run the same build again")
         raise UserError(
             f"{name}: no model in this folder (modules.json and config.json are missing)"
         )
