@@ -110,10 +110,10 @@ def by_pixels(monkeypatch):
 
 
 @pytest.mark.usefixtures("by_pixels")
-def test_pictures_of_similar_size_are_together_the_largest_first(transformer):
+def test_pictures_of_similar_size_are_together_the_smallest_first(transformer):
     sides = [28 * s for s in (1, 9, 2, 8, 3, 7, 4, 6)]
     items = [Item(None, Sized(i, side, 28)) for i, side in enumerate(sides)]
-    assert in_batches(transformer, items, 2) == [[1, 3], [5, 7], [6, 4], [2, 0]]
+    assert in_batches(transformer, items, 2) == [[0, 2], [4, 6], [7, 5], [3, 1]]
 
 
 @pytest.mark.usefixtures("by_pixels")
@@ -122,7 +122,7 @@ def test_a_text_counts_beside_its_picture(transformer):
         Item("a" * letters, Sized(i, 28 * tokens, 28))
         for i, (letters, tokens) in enumerate([(4, 9), (60, 1), (4, 10), (4, 1)])
     ]
-    assert in_batches(transformer, items, 2) == [[1, 2], [0, 3]]
+    assert in_batches(transformer, items, 2) == [[3, 0], [2, 1]]
 
 
 @pytest.mark.usefixtures("by_pixels")
@@ -194,9 +194,18 @@ def test_items_are_made_and_read_in_their_order_by_one_thread(transformer):
         return Item(f"text {number}" + "." * (number * 7 % 20))
 
     items = Lazy(range(50), make)
-    list(item_batches(transformer, items, 2, workers=4))
+    list(inputs.Preparer(transformer, 4).batches(items, 2))
     assert [number for number, _ in made] == list(range(50))
     assert len({thread for _, thread in made}) == 1
+
+
+@pytest.mark.usefixtures("by_pixels")
+def test_a_collection_comes_by_kind_and_length_of_text(transformer):
+    texts = [Item("a" * n) for n in random.Random(0).sample(range(1, 200), 60)]
+    order = [
+        n for batch in in_batches(transformer, [*texts, Item(None, Sized(0))], 2) for n in batch
+    ]
+    assert order == [60, *sorted(range(60), key=lambda n: len(texts[n].text))]
 
 
 def test_tokens_of_pictures_are_what_the_processor_makes_of_them(stand_in):

@@ -40,7 +40,8 @@ def item_batches(
         UserError: a picture cannot be read; the batches before it come first.
     """
     device = device_of(transformer)
-    order = sorted(range(len(items)), key=lambda n: (items[n].kind, len(items[n].text or "")))
+    keys = [(item.kind, len(item.text or "")) for item in items]
+    order = sorted(range(len(items)), key=keys.__getitem__)
     batches = Preparer(transformer, workers).batches(Lazy(order, items.__getitem__), batch_size)
     for positions, features in progress(batches, -(-len(items) // batch_size)):
         yield [order[n] for n in positions], on_device(features, device)
