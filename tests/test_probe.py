@@ -167,7 +167,7 @@ def remove(h):
 
 @pytest.mark.parametrize("site", SITES)
 def test_an_edit_equals_a_plain_hook_that_edits(site, probe, plain, features):
-    found = probe.run(features, {site: push})["sentence_embedding"]
+    found = probe.read(features, ["pooled"], {site: push})["pooled"]
     assert torch.equal(found, plain_run(plain, features, {site: push}))
     assert not torch.allclose(found, plain_run(plain, features, {}), atol=1e-3)
 
@@ -182,17 +182,17 @@ def test_an_edit_equals_a_plain_hook_that_edits(site, probe, plain, features):
     ids=lambda edits: " and ".join(edits),
 )
 def test_edits_at_several_sites(edits, probe, plain, features):
-    found = probe.run(features, edits)["sentence_embedding"]
+    found = probe.read(features, ["pooled"], edits)["pooled"]
     assert torch.equal(found, plain_run(plain, features, edits))
 
 
 def test_a_run_without_edits_is_the_plain_model(probe, plain, features):
-    found = probe.run(features, {})["sentence_embedding"]
+    found = probe.read(features, ["pooled"], {})["pooled"]
     assert torch.equal(found, plain_read(plain, features)["pooled"])
 
 
 def test_an_edit_does_not_outlive_its_run(probe, plain, features):
-    probe.run(features, {"layers.0": push, LAST: remove})
+    probe.read(features, ["pooled"], {"layers.0": push, LAST: remove})
     found = probe.read(features, SITES)
     expected = plain_read(plain, features)
     assert all(torch.equal(found[site], expected[site]) for site in SITES)
@@ -205,7 +205,7 @@ def test_an_edit_sees_the_activations_before_it(probe, plain, features):
         seen["layers.1"] = h_ntd.clone()
         return h_ntd
 
-    probe.run(features, {"layers.1": look})
+    probe.read(features, ["pooled"], {"layers.1": look})
     assert torch.equal(seen["layers.1"], plain_read(plain, features)["layers.1"])
 
 
@@ -214,7 +214,7 @@ def test_an_error_in_an_edit_comes_out_and_leaves_the_model_clean(probe, plain, 
         raise KeyError("a mistake of the edit")
 
     with pytest.raises(KeyError, match="a mistake of the edit"):
-        probe.run(features, {"layers.1": fail})
+        probe.read(features, ["pooled"], {"layers.1": fail})
     found = probe.read(features, ["pooled"])["pooled"]
     assert torch.equal(found, plain_read(plain, features)["pooled"])
 
@@ -222,9 +222,9 @@ def test_an_error_in_an_edit_comes_out_and_leaves_the_model_clean(probe, plain, 
 def test_without_a_pooling_the_probe_ends_at_the_tokens(random_model, plain, features):
     transformer = load_backbone(str(random_model))
     set_readout(transformer, READOUT)
-    out = Probe(transformer).run(features, {LAST: halve})
-    assert torch.equal(out["token_embeddings"], plain_read(plain, features)[LAST] * 0.5)
-    assert "sentence_embedding" not in out
+    found = Probe(transformer).read(features, [LAST], {LAST: halve})
+    assert torch.equal(found[LAST], plain_read(plain, features)[LAST] * 0.5)
+    assert set(found) == {LAST}
 
 
 def test_last_hidden_state_is_what_the_readout_gives_to_the_pooling(random_model, plain, features):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patch_retriever.backbones.pooling import pool, pooling_weights
-from patch_retriever.backbones.readout import LAST, PAPER, PLAIN, Prompt, Readout
+from patch_retriever.backbones.readout import LAST, PAPER, PAPER_PROMPTS, PLAIN, Prompt, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.items import Item
@@ -82,17 +82,14 @@ MODELS = {
     )
 }
 
-_BOTH = {
-    "t->it": "\nSummarize above image and sentence in one word: ",
-    "it->t": "\nSummarize above image and sentence in one word: ",
-    "it->i": "\nSummarize the above image with the question in one word: ",
-    "it->it": "\nSummarize the above image and the sentence in one word: ",
-}
-
 
 def official_prompt(direction: str) -> Prompt:
     """The prompts of a direction (`t->i` ...); only that of an image with a text ever differs."""
-    return replace(PAPER, name=f"paper {direction}", both=_BOTH.get(direction, PAPER.both))
+    both = PAPER.both
+    if "it" in direction.split("->"):
+        role = "query" if direction.startswith("it") else "document"
+        both = PAPER_PROMPTS[f"{direction} {role}"]
+    return replace(PAPER, name=f"paper {direction}", both=both)
 
 
 def asked(items: Sequence[Item], prompt: Prompt, model: PaperModel) -> Sequence[Item]:

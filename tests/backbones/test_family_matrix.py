@@ -8,7 +8,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from families import FAMILIES, NEEDS, missing
 from patch_retriever.backbones.families import decoder_path, image_token_id, residual_norm
@@ -23,26 +22,13 @@ from patch_retriever.backbones.readout import (
 from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.probe import Probe
+from pictured import SQUARE, TALL, WIDE
 
 READOUTS = (PAPER_READOUT, Readout(ONE_WORD, pooling="lasttoken"))
 LAYERS = ("layers.0", "layers.1", "layers.2")
 by_readout = pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: readout.prompt.name)
 
 
-class Striped:
-    """A picture of two colours."""
-
-    def __init__(self, width: int, height: int, colour: str) -> None:
-        self.name = f"{width} x {height} {colour}"
-        self.size, self.colour = (width, height), colour
-
-    def open(self):
-        picture = Image.new("RGB", self.size, self.colour)
-        picture.paste("white", (0, 0, self.size[0] // 3, self.size[1]))
-        return picture
-
-
-SQUARE, TALL, WIDE = Striped(60, 60, "red"), Striped(40, 120, "blue"), Striped(90, 60, "green")
 ITEMS = {
     "text": [Item("a cat"), Item("two small dogs on a mat, asleep")],
     "image": [Item(picture=SQUARE), Item(picture=TALL), Item(picture=WIDE)],

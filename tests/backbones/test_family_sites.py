@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from families import FAMILIES, missing
@@ -22,24 +21,11 @@ from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.probe import Probe
 from patch_retriever.retriever import PatchedRetriever
+from pictured import SQUARE, TALL
 
 LAYERS = ("layers.0", "layers.1", "layers.2")
 
 
-class Striped:
-    """A picture of two colours."""
-
-    def __init__(self, width: int, height: int, colour: str) -> None:
-        self.name = f"{width} x {height} {colour}"
-        self.size, self.colour = (width, height), colour
-
-    def open(self):
-        picture = Image.new("RGB", self.size, self.colour)
-        picture.paste("white", (0, 0, self.size[0] // 3, self.size[1]))
-        return picture
-
-
-SQUARE, TALL = Striped(60, 60, "red"), Striped(40, 120, "blue")
 ITEMS = (
     Item("a cat"),
     Item("two small dogs on a mat, asleep"),

@@ -22,25 +22,7 @@ from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.lazy import Lazy
 from patch_retriever.pictures.picture import PictureFile, _Stored
-
-
-class Plain:
-    """A picture of one colour."""
-
-    name = "plain"
-
-    def open(self):
-        return Image.new("RGB", (72, 72), (200, 30, 30))
-
-
-SHORT, LONG = "a cat", "two small cats on a large grey mat, one of them asleep"
-ITEMS = {
-    "text": Item(SHORT),
-    "long text": Item(LONG),
-    "image": Item(picture=Plain()),
-    "both": Item(SHORT, Plain()),
-    "long both": Item(LONG, Plain()),
-}
+from pictured import ITEMS, SHORT, Plain
 
 
 @pytest.fixture(scope="module")

@@ -72,8 +72,8 @@ def test_a_model_with_layers_on_the_disk_gives_the_same(stand_in, name):
     probe = Probe(placed)
     found = probe.read(features, sites)
     assert all(torch.equal(found[site], expected[site]) for site in sites)
-    doubled = probe.run(features, {"layers.1": lambda h_ntd: 2 * h_ntd})
-    assert not torch.allclose(doubled["token_embeddings"], expected["last_hidden_state"])
+    doubled = probe.read(features, sites, {"layers.1": lambda h_ntd: 2 * h_ntd})
+    assert not torch.allclose(doubled["last_hidden_state"], expected["last_hidden_state"])
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3", "paligemma2"])

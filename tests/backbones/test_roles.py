@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
 
 from patch_retriever.backbones.load import load_backbone, set_readout
 from patch_retriever.backbones.readout import ONE_WORD, PAPER, PLAIN, Prompt, Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.items import Item
+from pictured import ITEMS, SHORT
 
 N_IMAGE_TOKENS = 36
 
 
-class Plain:
-    """A picture of one colour."""
-
-    name = "plain"
-
-    def open(self):
-        return Image.new("RGB", (72, 72), (200, 30, 30))
-
-
-SHORT, LONG = "a cat", "two small cats on a large grey mat, one of them asleep"
-ITEMS = {
-    "text": Item(SHORT),
-    "long text": Item(LONG),
-    "image": Item(picture=Plain()),
-    "both": Item(SHORT, Plain()),
-    "long both": Item(LONG, Plain()),
-}
 ASKING = Prompt("asking", text=" what is it?", image="and this?", both=" is this it?")
 PROMPTS = (PLAIN, PAPER, ONE_WORD, ASKING)
 by_prompt = pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.name)

@@ -73,22 +73,6 @@ class Probe:
             tracer.stop()
         return found
 
-    def run(self, features: dict[str, Any], edits: Mapping[str, Edit]) -> dict[str, Any]:
-        """Run one preprocessed batch with `edits[site]` applied to the activations at each site.
-
-        Returns the features dictionary as the last part left it.
-        """
-        import nnsight
-        import torch
-
-        ordered = sorted(edits, key=_depth)
-        envoys = [(self._envoy(site), site, edits[site]) for site in ordered]
-        with torch.no_grad(), self._net.trace(dict(features)):
-            for envoy, site, edit in envoys:
-                envoy.output = _replaced(envoy.output, site, edit)
-            found = nnsight.save(self._net.output)
-        return dict(found)
-
     def _envoy(self, site: str) -> Any:
         if site == LAST:
             return self._net.transformer
