@@ -144,7 +144,7 @@ def test_the_processor_of_the_model_is_left_as_it_was(transformer):
 
 
 def test_a_copy_for_a_thread_shares_the_weights_and_has_its_own_tokenizer(transformer):
-    twin = inputs._twin(transformer)
+    twin = inputs.twin(transformer)
     assert twin.model is transformer.model
     assert twin.processor is not transformer.processor
     assert twin.input_formatter.processor is twin.processor

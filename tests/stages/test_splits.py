@@ -17,10 +17,12 @@ from patch_retriever.config import BuildConfig
 from patch_retriever.data import SPLITS, scenes_data
 from patch_retriever.features import Features
 from patch_retriever.items import Item
+from patch_retriever.patch.methods import methods
 from patch_retriever.progress import no_progress
 from patch_retriever.runs import DONE
 from patch_retriever.stages.evaluation import evaluate_on_test
-from patch_retriever.stages.features import SavedFeatures
+from patch_retriever.stages.features import NO_CHANGE, SavedFeatures
+from patch_retriever.stages.fit import Fit
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.scoring import score
 from patch_retriever.stages.selection import load_calibration, select
@@ -51,7 +53,8 @@ def scored_and_selected(run, model, features, data, out):
     score(transformer, data, readout, features, run / "sae", "tokens", out / "score")
     saved = SavedFeatures(features)
     calibration = load_calibration(readout, data, saved, run / "sae", out / "score", 0)
-    select(calibration, data, saved, readout, out / "select", no_progress)
+    found = list(methods(calibration))
+    select(calibration, data, saved, readout, out / "select", no_progress, found)
     return calibration
 
 
@@ -123,7 +126,8 @@ def test_a_method_that_selects_no_concept_is_named_as_left_out(
     concepts = ConceptTable.load(run / "score/concepts.parquet")
     flat = replace(concepts, modality=torch.full_like(concepts.modality, 0.5))
     calibration = replace(calibration, concepts=flat)
-    select(calibration, DATA, saved, readout, tmp_path / "select", no_progress)
+    found = tuple(methods(calibration))
+    select(calibration, DATA, saved, readout, tmp_path / "select", no_progress, found)
     selection = json.loads((tmp_path / "select/selection.json").read_text())
     left_out = selection["left_out"]
     assert len(left_out) == 8
@@ -131,12 +135,11 @@ def test_a_method_that_selects_no_concept_is_named_as_left_out(
     assert not {choice["method"] for choice in selection["methods"]} & set(left_out)
 
     config = BuildConfig.read(None, model=str(random_model), scenes=SMALL_SCENES)
+    made = Fit(NO_CHANGE, saved, run / "score", calibration, found, tmp_path / "select", "select")
     evaluate_on_test(
-        calibration,
+        [made],
         load_backbone(str(random_model)),
         DATA,
-        saved,
-        tmp_path / "select",
         config,
         tmp_path / "evaluate",
         no_progress,

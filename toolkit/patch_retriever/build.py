@@ -1,6 +1,9 @@
 """The main job: from pairs to an exported, proven retriever. Readable from top to bottom.
 
     pairs -> backbone -> collect -> train SAE -> score -> select -> export -> evaluate -> report
+                                                            |  ^
+                                                            v  |
+                                                          adapter (if asked for)
 
 Every stage leaves a finished, hashed result in OUT/run and reads its inputs from there, so that a
 stopped build goes on where it stood and ends with the same bytes as an unbroken one.
@@ -9,18 +12,22 @@ stopped build goes on where it stood and ends with the same bytes as an unbroken
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.activations.collect import collect_tokens
+from patch_retriever.adapters.checkpoint import AdapterCheckpoint
+from patch_retriever.adapters.settings import AdapterSettings
+from patch_retriever.backbones.adapter import Merged
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
-from patch_retriever.backbones.readout import layer_number
+from patch_retriever.backbones.readout import Readout, layer_number
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import (
     SCENES,
-    SPLITS,
     Data,
     pairs_data,
     pairs_reading,
@@ -29,18 +36,25 @@ from patch_retriever.data import (
 )
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.methods import methods
+from patch_retriever.patch.methods.adapted import adapted_methods
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
 from patch_retriever.report.page import write_report
 from patch_retriever.retrieval.readers.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.stages.adapter import (
+    adapter_fingerprint,
+    adopt_adapter,
+    base_of,
+    learn_adapter,
+)
 from patch_retriever.stages.evaluation import evaluate_on_test
-from patch_retriever.stages.features import PatchedFeatures, collect_splits, collect_unpatched
+from patch_retriever.stages.fit import Fit, best, fit
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.sae import check_width, learn_concepts
-from patch_retriever.stages.scoring import score
-from patch_retriever.stages.selection import load_calibration, select
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -117,14 +131,13 @@ def build_retriever(
         )
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")
-        # where the SAE is trained and concepts are subtracted
-        at = replace(readout, site=config.patch_at or readout.site)
+        at = config.patch_at or readout.site  # where the SAE is trained and concepts subtracted
         store = run.stage(
             "collect",
             lambda folder: collect_tokens(
                 transformer,
                 data.splits["calibration"].items,
-                at,
+                replace(readout, site=at),
                 folder,
                 config.batch_size,
                 progress,
@@ -134,62 +147,64 @@ def build_retriever(
         )
         sae = run.stage(
             "sae",
-            lambda folder: learn_concepts(store, at, config, folder, progress),
+            lambda folder: learn_concepts(
+                store, replace(readout, site=at), config, folder, progress
+            ),
             after=("collect",),
             settings=asdict(config.sae),
             given=config.sae_from and sae_fingerprint(config.sae_from),
         )
-        splits = SPLITS if config.patch_at is None else SPLITS[:1]  # else for scores alone
-        features = run.stage(
-            "features",
-            lambda folder: collect_splits(
-                transformer, data, at, sae, folder, config.batch_size, progress, splits
-            ),
-            after=("sae",),
-        )
-        unpatched = features
-        if config.patch_at is not None:
-            unpatched = run.stage(
-                "unpatched",
-                lambda folder: collect_unpatched(
-                    transformer, data, readout, config.batch_size, folder
-                ),
-                after=("readout",),
+        fits = [fit(run, transformer, data, readout, sae, config, methods, progress)]
+        if config.adapter is not None or config.adapter_from is not None:
+            adapter = _adapter(run, transformer, data, readout, sae, fits[0], config, say, progress)
+            weights = Merged(transformer, adapter)
+            through = (
+                config.adapter_from is None and (config.adapter or AdapterSettings()).with_patch
             )
-        patched = PatchedFeatures(unpatched, transformer, data, readout, config.batch_size)
-        concepts = run.stage(
-            "score",
-            lambda folder: score(transformer, data, at, features, sae, config.codes, folder),
-            after=("features",),
-            codes=config.codes,
-        )
-        calibration = load_calibration(
-            readout, data, patched, sae, concepts, config.seed, config.patch_at
-        )
-        selected = run.stage(
-            "select",
-            lambda folder: select(calibration, data, patched, readout, folder, progress),
-            after=("score",) if config.patch_at is None else ("score", "unpatched"),
-        )
-        exported = run.stage(
-            "export",
-            lambda folder: export(transformer, readout, selected, data, folder),
-            after=("select",),
-        )
+            own = Patch.load(fits[0].selected / "patch") if through else None
+            anew = partial(adapted_methods, trained_with=own)
+            fits.append(fit(run, transformer, data, readout, sae, config, anew, progress, weights))
+        chosen = best(fits)
+        separate = chosen is not fits[0] and config.adapter is not None and not config.adapter.merge
+        with nullcontext() if separate else chosen.weights:
+            exported = run.stage(
+                "export",
+                lambda folder: export(
+                    transformer,
+                    readout,
+                    chosen.selected,
+                    data,
+                    folder,
+                    run.folder / "adapter" if separate else None,
+                ),
+                after=(chosen.stage,),
+                **({"separate": True} if separate else {}),
+            )
         evaluated = run.stage(
             "evaluate",
-            lambda folder: evaluate_on_test(
-                calibration, transformer, data, patched, selected, config, folder, progress
-            ),
-            after=("export",),
+            lambda folder: evaluate_on_test(fits, transformer, data, config, folder, progress),
+            after=("export", *(one.stage for one in fits[1:])),
         )
-        reported = run.stage(
-            "report",
-            lambda folder: write_report(transformer, data, config, run.folder, folder),
-            after=("evaluate",),
-            model=config.model,
+        with chosen.weights:
+            reported = run.stage(
+                "report",
+                lambda folder: write_report(
+                    transformer, data, config, run.folder, folder, chosen is not fits[0]
+                ),
+                after=("evaluate",),
+                model=config.model,
+            )
+        publish(
+            out,
+            exported,
+            chosen.selected,
+            evaluated,
+            chosen.concepts,
+            readouts,
+            reported,
+            data,
+            config,
         )
-        publish(out, exported, selected, evaluated, concepts, readouts, reported, data, config)
     report = json.loads((evaluated / "table.json").read_text())
     return BuildResult(out, (evaluated / "table.txt").read_text().rstrip(), report)
 
@@ -225,6 +240,50 @@ def _data(run: Run, config: BuildConfig, progress: Progress) -> Data:
         skip_bad=config.skip_bad,
     )
     return pairs_data(folder, config.model == BUILT_IN)
+
+
+def _adapter(
+    run: Run,
+    transformer: Transformer,
+    data: Data,
+    readout: Readout,
+    sae: Path,
+    base: Fit,
+    config: BuildConfig,
+    say: Say,
+    progress: Progress,
+) -> Path:
+    """The folder of the adapter that the settings ask for, trained through the base's patch."""
+    model = base_of(config)
+    if config.adapter_from is not None:
+        source = Path(config.adapter_from)
+        return run.stage(
+            "adapter",
+            lambda folder: adopt_adapter(transformer, source, model, folder),
+            after=(base.stage,),
+            given=adapter_fingerprint(source),
+        )
+    settings = config.adapter or AdapterSettings()
+    pairs = settings.pairs
+    return run.stage(
+        "adapter",
+        lambda folder: learn_adapter(
+            transformer,
+            data,
+            readout,
+            sae,
+            base.concepts,
+            base.selected,
+            config,
+            folder,
+            AdapterCheckpoint(run.folder / "adapter.training", run.key("adapter")),
+            say,
+            progress,
+        ),
+        after=(base.stage,),
+        settings={k: v for k, v in asdict(settings).items() if k != "merge"},
+        files=pairs and pairs_fingerprint(pairs, pairs_reading(config)),
+    )
 
 
 def model_fingerprint(name: str, commit: str | None = None) -> str:

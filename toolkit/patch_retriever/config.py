@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from patch_retriever.adapters.settings import AdapterSettings
 from patch_retriever.backbones.readout import PROMPTS, PoolingMode, Prompt
 from patch_retriever.errors import UserError
 from patch_retriever.sae.settings import SAESettings
@@ -68,6 +69,10 @@ class BuildConfig(BaseModel):
     """An SAE to use instead of training one: a folder or a hub id, in a format that is read."""
     patch_at: str | None = Field(default=None, pattern=r"^layers\.\d+$")
     """The decoder layer after which concepts are subtracted; None for at the readout."""
+    adapter: AdapterSettings | None = None
+    """How an adapter is trained through the selected patch; None for none."""
+    adapter_from: str | None = None
+    """An adapter to use instead of training one: a folder in peft's layout."""
     codes: Literal["tokens", "pooled"] = "tokens"
     """What concepts are scored on: codes of tokens, pooled like the embedding (an SAE is trained on
     tokens), or codes of pooled vectors (what the paper scores)."""
@@ -89,7 +94,10 @@ class BuildConfig(BaseModel):
             UserError: the file is missing, is not YAML, or has an unknown key or a wrong value.
         """
         values = {} if path is None else read_yaml(path)
-        values |= {k: v for k, v in overrides.items() if v is not None}
+        overrides = {k: v for k, v in overrides.items() if v is not None}
+        if isinstance(values.get("adapter"), dict) and "adapter" in overrides:
+            overrides["adapter"] = values["adapter"] | overrides["adapter"]
+        values |= overrides
         prompt = values.get("prompt")
         if isinstance(prompt, str) and prompt.endswith((".yaml", ".yml")):
             values["prompt"] = read_yaml(Path(prompt))
@@ -102,6 +110,7 @@ class BuildConfig(BaseModel):
             sections: dict[str, Iterable[str]] = {
                 "scenes": ScenesSettings.model_fields,
                 "sae": SAESettings.__dataclass_fields__,
+                "adapter": AdapterSettings.__dataclass_fields__,
                 "prompt": Prompt.__dataclass_fields__,
             }
             known = ", ".join(sections.get(str(section), cls.model_fields))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
+from patch_retriever.backbones.adapter import FOLDER as ADAPTER
+from patch_retriever.backbones.adapter import Merged, copy_adapter
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import with_readout
 from patch_retriever.backbones.readout import Readout
@@ -42,12 +45,14 @@ def export_patch(
     patch: Patch,
     folder: Path,
     golden_items: Sequence[Item],
+    adapter: Path | None = None,
 ) -> float:
     """Write the model into `folder`, its patch into `folder/patch`, and check in a fresh process
     that it embeds `golden_items` as the live model does.
 
-    Stock modules only, unless the patch has `layers`: then the folder holds one file of code,
-    `patched_transformer.py`, and its README says that it needs `trust_remote_code=True`.
+    Stock modules only, unless the patch has `layers` or an `adapter` (a folder in peft's layout)
+    is to stay beside the backbone's weights, as `folder/adapter`: then the folder holds one file of
+    code, `patched_transformer.py`, and its README says that it needs `trust_remote_code=True`.
 
     Returns:
         The largest absolute difference between the exported and the live embeddings.
@@ -58,7 +63,7 @@ def export_patch(
     """
     patch = replace(patch, about={**patch.about, "readout": readout.to_json()})
     retriever = PatchedRetriever(with_readout(transformer, readout), patch)
-    with_code = needs_code(patch, transformer)
+    with_code = needs_code(patch, transformer) or adapter is not None
     if with_code:
         modules = patched_modules(transformer, patch, readout.pooling)
     else:
@@ -79,7 +84,10 @@ def export_patch(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error})") from None
     patch.save(folder / "patch")
-    by_batch = write_golden(folder, retriever, golden_items, with_code=with_code)
+    if adapter is not None:
+        copy_adapter(adapter, folder / ADAPTER, "..")
+    with nullcontext() if adapter is None else Merged(transformer, adapter):
+        by_batch = write_golden(folder, retriever, golden_items, with_code=with_code)
     largest = check_golden(folder)
     result = {"max_abs_diff": largest, "max_abs_diff_by_batch": by_batch}
     write_json(folder / "golden" / "result.json", result)

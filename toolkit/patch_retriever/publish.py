@@ -28,9 +28,15 @@ if TYPE_CHECKING:
 
 
 def export(
-    transformer: Transformer, readout: Readout, selected: Path, data: Data, folder: Path
+    transformer: Transformer,
+    readout: Readout,
+    selected: Path,
+    data: Data,
+    folder: Path,
+    adapter: Path | None = None,
 ) -> None:
-    """Write the selected patch's model and check it in a fresh process.
+    """Write the selected patch's model and check it in a fresh process; an `adapter` that is given
+    stays beside the weights.
 
     Raises:
         UserError: the export differs from the live model by more than 1e-5 (float32).
@@ -39,7 +45,7 @@ def export(
     golden = [
         i for kind in ("text", "image", "both") for i in [x for x in items if x.kind == kind][:3]
     ]
-    export_patch(transformer, readout, Patch.load(selected / "patch"), folder, golden)
+    export_patch(transformer, readout, Patch.load(selected / "patch"), folder, golden, adapter)
 
 
 def publish(

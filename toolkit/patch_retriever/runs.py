@@ -138,6 +138,10 @@ class Run:
         write_json(folder / DONE, {"key": key, "files": hashes})
         return folder
 
+    def key(self, name: str) -> str:
+        """The key of a stage that is finished or at work: another one for other inputs."""
+        return self._keys[name]
+
     def _is_done(self, folder: Path, key: str) -> bool:
         done = read_done(folder)
         if done is None or done.key != key:

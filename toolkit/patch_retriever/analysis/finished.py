@@ -28,6 +28,7 @@ from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.runs import DONE, MARKER, Done, Run, check_finished, damaged, read_done
 from patch_retriever.stages.features import SavedFeatures, collect_splits
+from patch_retriever.stages.fit import ADAPTED
 from patch_retriever.stages.readout import load_readout
 from patch_retriever.stages.sae import learn_concepts
 from patch_retriever.stages.scoring import score
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
 
 _AGAIN = "run the same build again"
-_STAGES = ("data", "readout", "sae", "features", "score")
+_STAGES = ("data", "readout", "sae")
 _KNOWN = Gate(torch.tensor([[1.0], [1.0]]), torch.tensor([-0.5, -1.5]), 1.0)
 """A gate that is told the kind of an item: an analysis knows it, and no gate has to be fitted."""
 
@@ -137,7 +138,10 @@ def open_build(folder: Path) -> Finished:
             "only builds that are patched at the readout are taken apart so far"
         )
     run = folder / "run"
-    keys = [_check_stage(run / stage) for stage in _STAGES]
+    # the folder's weights are the adapted model's if that was exported
+    adapted = Patch.load(folder / "patch").about.get("needs") == "training"
+    end = ADAPTED if adapted else ""
+    keys = [_check_stage(run / stage) for stage in (*_STAGES, f"features{end}", f"score{end}")]
     if config.pairs == SCENES:
         data = scenes_data(config.scenes.model_dump(), config.seed)
     else:
@@ -147,8 +151,8 @@ def open_build(folder: Path) -> Finished:
         data,
         load_readout(run / "readout"),
         run / "sae",
-        run / "features",
-        run / "score",
+        run / f"features{end}",
+        run / f"score{end}",
         value_hash(keys),
     )
 

@@ -152,7 +152,7 @@ class Preparer:
 
     def _make_copies(self, n: int) -> None:
         while self._copies < n:
-            self._free.put(_twin(self._module) if self._copies else self._module)
+            self._free.put(twin(self._module) if self._copies else self._module)
             self._copies += 1
 
 
@@ -166,9 +166,9 @@ def picture_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> Sequence
         return [width * height / _PIXELS_PER_TOKEN for width, height in sizes]
 
 
-def _twin(module: Any) -> Any:
+def twin(module: Any) -> Any:
     """A copy of a module with a processor of its own; submodules and hooks are shared."""
     own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "forward"}
-    twin = copy.copy(module)
-    vars(twin).update(copy.deepcopy(own))
-    return twin
+    other = copy.copy(module)
+    vars(other).update(copy.deepcopy(own))
+    return other

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patch_retriever.backbones.adapter import CONFIG, FOLDER, merge
 from patch_retriever.backbones.chat import take_chats
 from patch_retriever.backbones.families import assumed, family_of, image_token_id
 from patch_retriever.backbones.image_backend import use_pillow
@@ -106,6 +107,8 @@ def load_backbone(
     if max_pixels is not None:
         limit_pixels(transformer, max_pixels, name_or_path)
     transformer.model.eval().requires_grad_(False)
+    if (Path(path) / FOLDER / CONFIG).is_file():
+        merge(transformer, Path(path) / FOLDER)
     return transformer if device_map is not None else transformer.to(device)
 
 

@@ -33,7 +33,7 @@ def nearest_tokens(
     """
     model: Any = transformer.model
     tokenizer: Any = transformer.tokenizer
-    unembedding_vd, source = _unembedding(model)
+    unembedding_vd, source = unembedding_of(model)
     unembedding_vd = unembedding_vd[: len(tokenizer)]  # models pad it
     norm = model.get_submodule(final_norm_path(model)) if site != LAST else None
     ids: list[list[int]] = []
@@ -46,7 +46,7 @@ def nearest_tokens(
     return [[text[i] for i in row] for row in ids], source
 
 
-def _unembedding(model: Any) -> tuple[Tensor, str]:
+def unembedding_of(model: Any) -> tuple[Tensor, str]:
     """The unembedding (v, d) on the model's device, and where it is from."""
     head = model.get_output_embeddings()
     if head is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from patch_retriever import __version__
+from patch_retriever.cli.adapt import adapt
 from patch_retriever.cli.analyze import analyze
 from patch_retriever.cli.build import build
 from patch_retriever.cli.concepts import concepts
@@ -53,6 +54,7 @@ def main() -> None:
     \b
     patch-retriever build -o demo                     the built-in model and world
     patch-retriever build Qwen/Qwen2-VL-2B-Instruct --pairs photos.jsonl -o my-retriever
+    patch-retriever adapt my-retriever                train an adapter through its patch
     patch-retriever info my-retriever                 what was done, and the table
     patch-retriever concepts my-retriever             scores of every concept
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
@@ -67,6 +69,7 @@ def main() -> None:
 
 for command in (
     build,
+    adapt,
     concepts,
     explain,
     analyze,

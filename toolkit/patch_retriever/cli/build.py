@@ -61,6 +61,12 @@ if TYPE_CHECKING:
     help="Score concepts on codes of tokens or of pooled vectors. [default: tokens]",
 )
 @click.option(
+    "--adapter",
+    metavar="lora|dora|ia3|FOLDER",
+    help="Train an adapter through the patch, or take one from a folder in peft's layout; the "
+    "patch is then fitted anew. Its settings: `adapter:` in --config, or `adapt` on a build.",
+)
+@click.option(
     "--patch-at",
     metavar="layers.N",
     help="Subtract concepts after decoder layer N instead of at the readout; the export then needs "
@@ -113,6 +119,7 @@ def build(
     max_tokens: int | None,
     sae: str | None,
     codes: str | None,
+    adapter: str | None,
     patch_at: str | None,
     seed: int | None,
     device: str | None,
@@ -136,6 +143,7 @@ def build(
     patch-retriever build --pairs photos/ -o mine
     patch-retriever build org/model --pairs pairs.jsonl --preset paper -o mine
     patch-retriever build --config settings.yaml --seed 1 -o mine
+    patch-retriever build --adapter lora -o mine      or later: patch-retriever adapt mine
 
     PAIRS, 50 at least: a JSON-lines file of {"image": "path.jpg", "text": "what it shows"} (or a
     list of either); a CSV, TSV or Parquet file with such columns; WebDataset shards
@@ -159,6 +167,7 @@ def build(
         max_tokens=max_tokens,
         sae_from=sae,
         codes=codes,
+        **adapter_settings(adapter),
         patch_at=patch_at,
         seed=seed,
         device=device,
@@ -173,6 +182,11 @@ def build(
         check_out(out)
         click.echo(json.dumps(plan(out, config), indent=1) if as_json else plan_text(out, config))
         return
+    run_build(out, config, as_json)
+
+
+def run_build(out: Path, config: BuildConfig, as_json: bool) -> None:
+    """Build, and say what came of it."""
     from patch_retriever.build import build_retriever
     from patch_retriever.cli.progress import Narrator, quiet_libraries
     from patch_retriever.patch.deep import CODE
@@ -190,6 +204,15 @@ def build(
     flag = ", trust_remote_code=True" if with_code else ""
     loads = f'SentenceTransformer("{result.folder}"{flag}) loads it'
     click.echo(f"\n{loads}; the card is {card}, the report {report}")
+
+
+def adapter_settings(said: str | None) -> dict[str, Any]:
+    """Settings of a build by what `--adapter` says: a method to train by, or a folder."""
+    from patch_retriever.adapters.settings import METHODS
+
+    if said is None:
+        return {}
+    return {"adapter": {"method": said}} if said in METHODS else {"adapter_from": said}
 
 
 def _device_map(said: str | None) -> str | dict[str, Any] | None:

@@ -156,7 +156,20 @@ class PatchedTransformer(Transformer):
             by_site.setdefault(site, {})[field] = tensor
         for site, tensors in by_site.items():
             module.subtractions[site] = Subtraction(tensors)
+        module._adapt(model_name_or_path, **_where(kwargs))
         return module
+
+    def _adapt(self, model_name_or_path: str, **where: Any) -> None:
+        """Merge the adapter that lies beside the weights, if one does; that needs peft."""
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        found = [self.load_file_path(model_name_or_path, f"adapter/{f}", **where) for f in files]
+        if None in found:
+            return
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(self.model, str(Path(str(found[0])).parent))
+        adapted.merge_and_unload()
+        self.model.__dict__.pop("peft_config", None)  # or the model would be saved as an adapter
 
 
 class PatchedMaps(Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,8 +118,11 @@ def _curve(method: dict[str, Any], axis: Axis) -> tuple[list[float], list[float]
     return sorted(best), [best[x] for x in sorted(best)]
 
 
-def modality_figure(modality_c: NDArray[np.float32], energy_c: NDArray[np.float32]) -> Drawn:
-    """Histogram of the concepts' modality scores, weighted by energy (the paper's figure 2)."""
+def modality_figure(
+    modality_c: NDArray[np.float32], energy_c: NDArray[np.float32], when: str = ""
+) -> Drawn:
+    """Histogram of the concepts' modality scores, weighted by energy (the paper's figure 2); the
+    title says `when`."""
     share_c = energy_c / max(float(energy_c.sum()), 1e-30)
     text, image = (float(share_c[side].sum()) for side in (modality_c > 0.5, modality_c < 0.5))
     figure = histogram(
@@ -131,11 +136,12 @@ def modality_figure(modality_c: NDArray[np.float32], energy_c: NDArray[np.float3
         f"Concepts that fire more on texts hold {100 * text:.0f}% of the energy, those that fire "
         f"more on pictures {100 * image:.0f}%."
     )
-    return _drawn("Modality of the concepts", caption, figure)
+    return _drawn(f"Modality of the concepts{when}", caption, figure)
 
 
-def energy_figure(energy_c: NDArray[np.float32]) -> Drawn:
-    """Share of all energy in the n strongest concepts (the paper's figure 3)."""
+def energy_figure(energy_c: NDArray[np.float32], when: str = "") -> Drawn:
+    """Share of all energy in the n strongest concepts (the paper's figure 3); the title says
+    `when`."""
     share_c = concentration(torch.tensor(energy_c)).numpy()
     needed = concepts_for(torch.tensor(energy_c), 0.99)
     ns = np.unique(np.geomspace(1, len(share_c), 40).astype(int))
@@ -151,7 +157,37 @@ def energy_figure(energy_c: NDArray[np.float32]) -> Drawn:
         f"{needed:,} of {len(share_c):,} concepts ({100 * needed / len(share_c):.1f}%) hold 99% "
         "of the energy."
     )
-    return _drawn("Concentration of energy", caption, figure)
+    return _drawn(f"Concentration of energy{when}", caption, figure)
+
+
+def training_figures(adapter: Path) -> list[Drawn]:
+    """An adapter's training over its steps, from `training.json` in its folder: validation and
+    shares of energy. None where there was no training."""
+    if not (adapter / "training.json").is_file():
+        return []
+    looks = json.loads((adapter / "training.json").read_text())["looks"]
+    steps = [look["step"] for look in looks]
+
+    def series(name: str, key: str) -> Series:
+        return Series(name, steps, [100 * look[key] for look in looks])
+
+    seen = [series("score", "validation_score"), series("R@1", "validation_r1")]
+    figures = [
+        _drawn(
+            "Validation while the adapter trains",
+            "The weights of the step with the best score are kept.",
+            lines(seen, "steps", "on validation (%)", size=SMALL),
+        )
+    ]
+    if any(look["up_share"] for look in looks):
+        shares = [
+            series("visual and discriminative", "up_share"),
+            series("text-dominant and distractors", "down_share"),
+        ]
+        caption = "By the frozen SAE's codes of the training items, before the patch."
+        drawn = lines(shares, "steps", "share of energy (%)", size=SMALL)
+        figures.append(_drawn("Energy while the adapter trains", caption, drawn))
+    return figures
 
 
 def _drawn(title: str, caption: str, figure: Figure) -> Drawn:

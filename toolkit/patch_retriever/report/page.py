@@ -18,12 +18,19 @@ from patch_retriever.files import write_text
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.report.card import operators, verdict
 from patch_retriever.report.concept_cards import concept_cards
-from patch_retriever.report.figures import energy_figure, modality_figure, validation_curves
+from patch_retriever.report.figures import (
+    Drawn,
+    energy_figure,
+    modality_figure,
+    training_figures,
+    validation_curves,
+)
 from patch_retriever.report.gallery import gallery
 from patch_retriever.report.rendering import render
 from patch_retriever.report.table import EXPLANATION, NEEDS
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.stages.features import PatchedFeatures
+from patch_retriever.stages.fit import ADAPTED
 from patch_retriever.stages.readout import load_readout
 
 if TYPE_CHECKING:
@@ -33,23 +40,29 @@ REPORT = "report.html"
 
 
 def write_report(
-    transformer: Transformer, data: Data, config: BuildConfig, run: Path, folder: Path
+    transformer: Transformer,
+    data: Data,
+    config: BuildConfig,
+    run: Path,
+    folder: Path,
+    adapted: bool = False,
 ) -> None:
     """Write `report.html` into `folder` from the finished stages of a build under `run`.
 
-    Only the items on the concept cards go through the model again.
+    Only the items on the concept cards go through the model again. With `adapted` the exported
+    patch is that of the adapted model, which `transformer` then is.
 
     Raises:
         UserError: a picture cannot be read any more.
     """
     table = json.loads((run / "evaluate" / "table.json").read_text())
+    end = ADAPTED if adapted else ""
     selection = json.loads((run / "select" / "selection.json").read_text())
     tried = json.loads((run / "readout" / "readout.json").read_text())["scores"]
     metrics = json.loads((run / "sae" / "cfg.json").read_text())["metadata"]["metrics"]
-    readout, patch = load_readout(run / "readout"), Patch.load(run / "select" / "patch")
+    readout, patch = load_readout(run / "readout"), Patch.load(run / f"select{end}" / "patch")
     sae = load_sae(run / "sae").to(device_of(transformer))
-    scores = pq.read_table(run / "score" / TABLE)
-    energy_c, modality_c = scores["energy"].to_numpy(), scores["modality"].to_numpy()
+    scores = pq.read_table(run / f"score{end}" / TABLE)
     cards = concept_cards(
         scores,
         patch,
@@ -59,9 +72,16 @@ def write_report(
         sae,
         config.batch_size,
     )
-    unpatched = run / ("features" if config.patch_at is None else "unpatched")
-    features = PatchedFeatures(unpatched, transformer, data, readout, config.batch_size).of("test")
-    base = Patch(patch.site)
+    unpatched = "features" if config.patch_at is None else "unpatched"
+    sides = [
+        (
+            one,
+            PatchedFeatures(run / stage, transformer, data, readout, config.batch_size)(
+                "test", one.layers
+            ),
+        )
+        for one, stage in ((Patch(patch.site), unpatched), (patch, unpatched + end))
+    ]
     groups = {needs: [row for row in table["rows"] if row["needs"] == needs] for needs in NEEDS}
     page = render(
         "report.html.jinja",
@@ -81,17 +101,30 @@ def write_report(
         groups={needs: rows for needs, rows in groups.items() if rows},
         explanation=EXPLANATION,
         curves=validation_curves(selection["methods"]),
-        plots=[modality_figure(modality_c, energy_c), energy_figure(energy_c)],
+        plots=_concept_figures(run, config),
+        training=training_figures(run / "adapter"),
         cards=cards,
         gallery=gallery(
             data.splits["test"],
             *(
-                [one.embed(features(one), role).numpy() for role in (QUERY, DOCUMENT)]
-                for one in (base, patch)
+                [one.embed(features, role).numpy() for role in (QUERY, DOCUMENT)]
+                for one, features in sides
             ),
         ),
     )
     write_text(folder / REPORT, page)
+
+
+def _concept_figures(run: Path, config: BuildConfig) -> list[Drawn]:
+    """Modality and energy of the concepts, before and after the adapter if there is one."""
+    with_adapter = config.adapter is not None or config.adapter_from is not None
+    when = {"": "", ADAPTED: ", after the adapter"} if with_adapter else {"": ""}
+    figures = []
+    for end, said in when.items():
+        scores = pq.read_table(run / f"score{end}" / TABLE)
+        energy_c, modality_c = scores["energy"].to_numpy(), scores["modality"].to_numpy()
+        figures += [modality_figure(modality_c, energy_c, said), energy_figure(energy_c, said)]
+    return figures
 
 
 def summary(table: dict[str, Any]) -> str:

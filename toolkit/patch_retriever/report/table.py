@@ -87,7 +87,7 @@ class Table:
             + "".join(f"{t.replace('t->i ', ''):>8}" for t in tasks)
             + "   score    against base"
         ]
-        for needs in NEEDS:
+        for needs in filter(self._of, NEEDS):
             lines.append(f"needs {needs}")
             for row in self._of(needs):
                 cells = "".join(f"{100 * row.test.recalls(t)[0]:8.1f}" for t in tasks)
@@ -104,7 +104,7 @@ class Table:
         tasks = list(self.base.test.hits_by_task)
         head = ["method", *tasks, "score", "score against base"]
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        for needs in NEEDS:
+        for needs in filter(self._of, NEEDS):
             lines.append(f"| *needs {needs}* |" + " |" * (len(head) - 1))
             for row in self._of(needs):
                 name = f"**{row.method}** (exported)" if row.method == self.exported else row.method
@@ -138,7 +138,7 @@ class Table:
 
 
 BASE = "base, chosen readout"
-NEEDS = ("nothing", "unpaired items", "pairs")
+NEEDS = ("nothing", "unpaired items", "pairs", "training")
 EXPLANATION = """\
 R@k is the share of queries with a relevant document among the first k, ties counted against the
 query. The score is the mean of R@1, R@5 and R@10 over all columns; choices (readout, settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ from patch_retriever.sae.formats import load_sae
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
+
+NO_CHANGE = nullcontext()
 
 _KEPT = 8
 """Features that are kept in memory: methods come back to a setting's at once or not at all."""
@@ -84,9 +86,16 @@ class PatchedFeatures(SavedFeatures):
         data: Data,
         readout: Readout,
         batch_size: int,
+        weights: AbstractContextManager[object] = NO_CHANGE,
     ) -> None:
+        """`weights` is entered for every pass: a reusable context that the model runs in."""
         super().__init__(folder)
-        self._run = partial(features_without, transformer, data, readout, batch_size)
+
+        def run(split: str, layers: Mapping[str, Subtract]) -> Features:
+            with weights:
+                return features_without(transformer, data, readout, batch_size, split, layers)
+
+        self._run = run
         self._kept: OrderedDict[object, Features] = OrderedDict()
 
     def __call__(self, split: str, layers: Mapping[str, Subtract]) -> Features:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from patch_retriever.files import write_json
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration, Layer
 from patch_retriever.patch.fit import fit_gate
-from patch_retriever.patch.methods import methods
+from patch_retriever.patch.methods import Method
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import evaluate
 from patch_retriever.sae.formats import load_sae
@@ -65,8 +66,9 @@ def select(
     readout: Readout,
     folder: Path,
     progress: Progress,
+    found: Sequence[Method],
 ) -> None:
-    """Every method's best setting on validation, and the best method of all.
+    """Each of `found`'s best setting on validation, and the best method of all.
 
     Writes `selection.json` and the best method's patch, with its reasons, under `patch/`. A setting
     that selects no concept is not tried; a method without any other is named under `left_out`.
@@ -75,7 +77,6 @@ def select(
     choices: list[dict[str, Any]] = []
     left_out: list[str] = []
     best_patch, best_score = None, -1.0
-    found = list(methods(calibration))
     for method in progress(found, len(found)):
         scored = []
         for setting in method.grid:

@@ -10,7 +10,7 @@ from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.operators import Affine, Subtract
 
-Needs = Literal["nothing", "unpaired items", "pairs"]
+Needs = Literal["nothing", "unpaired items", "pairs", "training"]
 Setting = dict[str, Any]
 
 DRAWS = 3

@@ -128,4 +128,6 @@ def _needs(name: str) -> str:
     path = Path(name.removesuffix(BASE)) / "patch" / CONFIG
     if not path.is_file():
         return ""
-    return "nothing" if name.endswith(BASE) else str(json.loads(path.read_text())["about"]["needs"])
+    needs = str(json.loads(path.read_text())["about"]["needs"])
+    adapted = needs == "training"  # so is the backbone
+    return "nothing" if name.endswith(BASE) and not adapted else needs

@@ -1,0 +1,1 @@
+"""Adapters: small sets of weights, trained through a frozen patch with peft."""

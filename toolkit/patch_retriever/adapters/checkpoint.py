@@ -1,0 +1,84 @@
+"""An adapter's training on disk, so that a stopped one goes on and ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from patch_retriever.errors import UserError, first_line
+from patch_retriever.files import write_tensors
+
+if TYPE_CHECKING:
+    from patch_retriever.adapters.training import AdapterTrainer, Look
+
+
+class AdapterCheckpoint:
+    """Weights, Adam's moments, the best weights so far and all looks, in one file that is written
+    whole or not at all. One of another training (another `key`) is as none."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+
+    def save(
+        self, trainer: AdapterTrainer, looks: list[Look], best: int, best_weights: dict[str, Tensor]
+    ) -> None:
+        """Write the state after the last look."""
+        tensors = {f"best/{name}": values for name, values in best_weights.items()}
+        for name, parameter in trainer.parameters.items():
+            tensors[f"now/{name}"] = parameter.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}/{name}"] = trainer.optimiser.state[parameter][moment]
+        about = {"key": self.key, "best": best, "looks": [asdict(look) for look in looks]}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.path, tensors, {"training": json.dumps(about)})
+
+    def load(self, trainer: AdapterTrainer) -> tuple[list[Look], int, dict[str, Tensor]] | None:
+        """The looks, the best one's number and its weights, with the rest set in `trainer`; None
+        where this training has no checkpoint.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.path.is_file():
+            return None
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        from patch_retriever.adapters.training import Look
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                about = json.loads(file.metadata()["training"])
+                if about["key"] != self.key:
+                    return None
+                looks = [Look(**values) for values in about["looks"]]
+                best_weights = {n: file.get_tensor(f"best/{n}") for n in trainer.parameters}
+                moments = {
+                    name: [file.get_tensor(f"{m}/{name}") for m in ("exp_avg", "exp_avg_sq")]
+                    for name in trainer.parameters
+                }
+                now = {name: file.get_tensor(f"now/{name}") for name in trainer.parameters}
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(
+                f"{self.path}: no readable checkpoint ({first_line(error)}); delete it to begin "
+                "anew"
+            ) from None
+        step = looks[-1].step
+        with torch.no_grad():
+            for name, parameter in trainer.parameters.items():
+                parameter.copy_(now[name])
+                average, squares = (m.to(parameter.device) for m in moments[name])
+                trainer.optimiser.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": average,
+                    "exp_avg_sq": squares,
+                }
+        return looks, about["best"], best_weights
+
+    def remove(self) -> None:
+        """Delete it: the training has ended."""
+        self.path.unlink(missing_ok=True)
