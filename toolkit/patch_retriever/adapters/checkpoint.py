@@ -15,6 +15,9 @@ from patch_retriever.files import write_tensors
 if TYPE_CHECKING:
     from patch_retriever.adapters.training import AdapterTrainer, Look
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of every weight."""
+
 
 class AdapterCheckpoint:
     """Weights, Adam's moments, the best weights so far and all looks, in one file that is written
@@ -30,8 +33,10 @@ class AdapterCheckpoint:
         tensors = {f"best/{name}": values for name, values in best_weights.items()}
         for name, parameter in trainer.parameters.items():
             tensors[f"now/{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}/{name}"] = trainer.optimiser.state[parameter][moment]
+            state = trainer.optimiser.state.get(parameter, {})
+            for moment in MOMENTS:  # none of a weight that no loss reaches
+                if moment in state:
+                    tensors[f"{moment}/{name}"] = state[moment]
         about = {"key": self.key, "best": best, "looks": [asdict(look) for look in looks]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.path, tensors, {"training": json.dumps(about)})
@@ -57,9 +62,11 @@ class AdapterCheckpoint:
                     return None
                 looks = [Look(**values) for values in about["looks"]]
                 best_weights = {n: file.get_tensor(f"best/{n}") for n in trainer.parameters}
+                known = set(file.keys())
                 moments = {
-                    name: [file.get_tensor(f"{m}/{name}") for m in ("exp_avg", "exp_avg_sq")]
+                    name: {m: file.get_tensor(f"{m}/{name}") for m in MOMENTS}
                     for name in trainer.parameters
+                    if f"{MOMENTS[0]}/{name}" in known
                 }
                 now = {name: file.get_tensor(f"now/{name}") for name in trainer.parameters}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -71,12 +78,12 @@ class AdapterCheckpoint:
         with torch.no_grad():
             for name, parameter in trainer.parameters.items():
                 parameter.copy_(now[name])
-                average, squares = (m.to(parameter.device) for m in moments[name])
-                trainer.optimiser.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": average,
-                    "exp_avg_sq": squares,
-                }
+                if name in moments:
+                    found = {m: values.to(parameter.device) for m, values in moments[name].items()}
+                    trainer.optimiser.state[parameter] = {
+                        "step": torch.tensor(float(step)),
+                        **found,
+                    }
         return looks, about["best"], best_weights
 
     def remove(self) -> None:

@@ -37,9 +37,9 @@ class AdapterSettings:
     lr: Annotated[float, Field(gt=0)] = 1e-3
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps until the learning rate is reached; from there it falls to zero along a cosine."""
-    batch_size: Annotated[int, Field(ge=2)] = 32
+    batch_size: Annotated[int, Field(ge=2)] = 24
     """Pairs that are contrasted with each other."""
-    hard_negatives: Annotated[int, Field(ge=0)] = 0
+    hard_negatives: Annotated[int, Field(ge=0)] = 2
     """Wrong documents that each pair brings along, of those that looked most like the answer."""
     chunk_size: Annotated[int, Field(ge=1)] = 64
     """Items in a forward pass with gradients: memory goes with it, the loss does not."""

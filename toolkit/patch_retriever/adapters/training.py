@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -70,10 +71,11 @@ Watch = Callable[[Look], None]
 
 @dataclass(frozen=True)
 class Training:
-    """A finished training, and the number of the look whose weights were kept."""
+    """A finished training; `best` is the number of the best look, `best_weights` are its."""
 
     looks: tuple[Look, ...]
     best: int
+    best_weights: dict[str, Tensor]
     n_parameters: int
     n_pairs: int
 
@@ -81,7 +83,7 @@ class Training:
         """As plain JSON values."""
         return {
             "looks": [asdict(look) for look in self.looks],
-            "kept_step": self.looks[self.best].step,
+            "best_step": self.looks[self.best].step,
             "parameters": self.n_parameters,
             "pairs": self.n_pairs,
         }
@@ -132,15 +134,18 @@ class AdapterTrainer:
         torch.manual_seed(seed)
         model: Any = transformer.model
         config = adapter_config(model, settings)
-        self.peft_model: PeftModel = get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft asks in a way that transformers deprecates
+            warnings.simplefilter("ignore", FutureWarning)
+            self.peft_model: PeftModel = get_peft_model(model, config)
         self.parameters = {n: p for n, p in self.peft_model.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(self.parameters.values(), settings.lr, weight_decay=0.0)
 
     def train(
         self, checkpoint: AdapterCheckpoint | None = None, watch: Watch | None = None
     ) -> Training:
-        """Train until the steps are done or validation has not risen for `patience` looks; the
-        adapter then has the weights of the best look, which may be those it began with.
+        """Train until the steps are done or validation has not risen for `patience` looks. The
+        adapter then has its last weights; `keep` gives it those of the best look, which may be the
+        ones that it began with.
 
         Raises:
             UserError: memory ran out, or a picture cannot be read.
@@ -183,9 +188,8 @@ class AdapterTrainer:
                     watch(looks[-1])
                 if len(looks) - 1 - best >= settings.patience:
                     break
-        self._set_weights(best_weights)
         n_parameters = sum(p.numel() for p in self.parameters.values())
-        return Training(tuple(looks), best, n_parameters, len(self.pairs))
+        return Training(tuple(looks), best, best_weights, n_parameters, len(self.pairs))
 
     def close(self) -> None:
         """Take the adapter out: the backbone is as it was before."""
@@ -295,7 +299,8 @@ class AdapterTrainer:
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
-    def _set_weights(self, weights: dict[str, Tensor]) -> None:
+    def keep(self, weights: dict[str, Tensor]) -> None:
+        """Give the adapter these weights."""
         with torch.no_grad():
             for name, values in weights.items():
                 self.parameters[name].copy_(values)
@@ -311,7 +316,9 @@ class AdapterTrainer:
             text.use_cache = False
         layers: Any = model.get_submodule(layers_path(model))
         if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():  # its new name is not in all versions
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in layers:
                 layer.training = True  # what a layer asks before it checkpoints; not its parts
         try:

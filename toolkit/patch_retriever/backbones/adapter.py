@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,9 @@ def inject(transformer: Transformer, folder: Path) -> PeftModel:
     about = check_adapter(folder)
     model: Any = transformer.model
     try:
-        peft_model = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():  # peft asks in a way that transformers deprecates
+            warnings.simplefilter("ignore", FutureWarning)
+            peft_model = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError, OSError) as error:
         _take_out(model)
         raise UserError(

@@ -82,6 +82,7 @@ def learn_adapter(
     )
     try:
         trained = trainer.train(checkpoint, lambda look: say(look.to_text()))
+        trainer.keep(trained.best_weights)
         about = {"settings": asdict(settings), "readout": readout.to_json(), "patch": patch.why}
         save_adapter(trainer.peft_model, folder, base_of(config), about)
     finally:
