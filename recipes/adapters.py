@@ -234,12 +234,10 @@ def summary(work: Path, seeds: int, settings: AdapterSettings) -> list[str]:
         "|---|" + "---|" * len(by_share),
     ]
     for name in names:
-        cells = [
-            f"{100 * np.mean([one.score for one in by_share[s][name]]):.1f} ({len(by_share[s][name])})"
-            for s in sorted(by_share)
-        ]
+        found = [[one.score for one in by_share[s][name]] for s in sorted(by_share)]
+        cells = [f"{100 * np.mean(scores):.1f} ({len(scores)})" for scores in found]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines + ["", *_energies(work, seeds)]
+    return [*lines, "", *_energies(work, seeds)]
 
 
 def _energies(work: Path, seeds: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from patch_retriever import PatchedRetriever

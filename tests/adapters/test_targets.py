@@ -106,7 +106,7 @@ def test_no_target_is_said_in_one_line(random_model):
         target_modules(model, AdapterSettings(method="ia3"))
     for layer in model.language_model.layers:
         layer.self_attn, layer.mlp = nn.Identity(), nn.Identity()
-    with pytest.raises(UserError, match="no target module for lora found in 'language_model.la"):
+    with pytest.raises(UserError, match=r"no target module for lora found in 'language_model\.la"):
         target_modules(model, AdapterSettings())
     model.multi_modal_projector = nn.Identity()
     model.language_model.layers[0].mlp = nn.Linear(2, 2)

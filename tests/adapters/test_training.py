@@ -196,7 +196,7 @@ def test_two_batches_to_a_step_are_the_mean_of_their_gradients(trainer):
 def test_memory_that_runs_out_is_said_with_what_to_lower(trainer, monkeypatch, error):
     one = trainer()
 
-    def fail(*args):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(one, "backward", fail)
@@ -206,7 +206,7 @@ def test_memory_that_runs_out_is_said_with_what_to_lower(trainer, monkeypatch, e
 
 def test_other_errors_are_not_taken_for_it(trainer, monkeypatch):
     one = trainer()
-    monkeypatch.setattr(one, "backward", lambda *args: 1 / 0)
+    monkeypatch.setattr(one, "backward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         one.train()
 

@@ -99,7 +99,7 @@ def test_another_base_is_refused(adapter, random_model):
 def test_a_base_of_another_shape_is_refused(adapter, stand_in, name):
     transformer = load_backbone(str(stand_in(name)))
     modules = [n for n, _ in transformer.model.named_modules()]
-    with pytest.raises(UserError, match="does not fit|other weights"):
+    with pytest.raises(UserError, match=r"does not fit|other weights"):
         inject(transformer, adapter)
     assert [n for n, _ in transformer.model.named_modules()] == modules
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from patch_retriever.activations.collect import collect_tokens
 from patch_retriever.adapters.checkpoint import AdapterCheckpoint
 from patch_retriever.adapters.settings import AdapterSettings
-from patch_retriever.backbones.adapter import Merged
+from patch_retriever.adapters.targets import target_modules
+from patch_retriever.backbones.adapter import Merged, check_adapter, check_fits
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
 from patch_retriever.backbones.readout import Readout, layer_number
@@ -94,8 +95,10 @@ def build_retriever(
         raise UserError(
             f"{config.model}: patched already; build from the model that it was made of"
         )
-    # a wrong SAE is said before anything is computed
+    # a wrong SAE or adapter is said before anything is computed
     given = None if config.sae_from is None else load_sae(config.sae_from)
+    if config.adapter_from is not None:
+        check_adapter(Path(config.adapter_from))
     # a branch may move while a build stands still; its commit is what everything is made of
     config = config.model_copy(update={"revision": pinned(config.model, config.revision)})
     asked: dict[str, Any] = {"max_pixels": config.max_pixels, "attention": config.attention}
@@ -117,6 +120,10 @@ def build_retriever(
         check_layer(transformer, config.patch_at)
     if given is not None:
         check_width(given, transformer.get_embedding_dimension(), str(config.sae_from))
+    if config.adapter_from is not None:
+        check_fits(transformer, Path(config.adapter_from))
+    elif config.adapter is not None:
+        target_modules(transformer.model, config.adapter)
     with Run(out / "run", say) as run:
         write_json(out / MARKER, config.model_dump())
         data = _data(run, config, progress)
@@ -259,7 +266,7 @@ def _adapter(
         source = Path(config.adapter_from)
         return run.stage(
             "adapter",
-            lambda folder: adopt_adapter(transformer, source, model, folder),
+            lambda folder: adopt_adapter(source, model, folder),
             after=(base.stage,),
             given=adapter_fingerprint(source),
         )

@@ -106,6 +106,15 @@ def inject(transformer: Transformer, folder: Path) -> PeftModel:
     return peft_model
 
 
+def check_fits(transformer: Transformer, folder: Path) -> None:
+    """Refuse an adapter that is not for this backbone.
+
+    Raises:
+        UserError: there is none, it is damaged, or it was made for another base.
+    """
+    unload(inject(transformer, folder))
+
+
 def unload(peft_model: PeftModel) -> None:
     """Take an adapter out of the modules: they and their weights are as they were before it."""
     peft_model.unload()

@@ -17,10 +17,8 @@ from patch_retriever.backbones.adapter import (
     WEIGHTS,
     check_adapter,
     copy_adapter,
-    inject,
     relative_base,
     save_adapter,
-    unload,
 )
 from patch_retriever.backbones.load import BUILT_IN, built_in_model
 from patch_retriever.backbones.placement import device_of
@@ -91,14 +89,13 @@ def learn_adapter(
     checkpoint.remove()
 
 
-def adopt_adapter(transformer: Transformer, source: Path, base: str, folder: Path) -> None:
-    """Take an adapter that was trained before, after trying it on.
+def adopt_adapter(source: Path, base: str, folder: Path) -> None:
+    """Take an adapter that was trained before.
 
     Raises:
-        UserError: there is none, it is damaged, or it was made for another base.
+        UserError: there is none, or it is damaged.
     """
     about = check_adapter(source)
-    unload(inject(transformer, source))
     copy_adapter(source, folder, relative_base(base, folder), {**about, "from": str(source)})
 
 
