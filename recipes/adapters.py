@@ -337,8 +337,8 @@ def main(work: Path, out: Path, seeds: int, steps: int, summary_only: bool) -> N
                 print(f"  test, {called}: {100 * outcome.score:.1f}", flush=True)
             save_outcomes(outcomes, cell / "outcomes.safetensors")
     if not summary_only and not (work / "captions.json").is_file():
-        trained = {name: work / "seed-0" / "1" / name / "adapter" for name in CONTROLS}
-        described = {"no adapter": describe(None)} | {n: describe(p) for n, p in trained.items()}
+        adapters = {name: work / "seed-0" / "1" / name / "adapter" for name in CONTROLS}
+        described = {"no adapter": describe(None)} | {n: describe(p) for n, p in adapters.items()}
         write_json(work / "captions.json", described)
     lines = ["# Adapters: six controls", "", *summary(work, seeds, common)]
     out.write_text("\n".join(lines) + "\n")

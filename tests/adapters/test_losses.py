@@ -55,10 +55,8 @@ def test_rebalancing_begins_at_two_and_ends_at_the_target():
     target[:, 1] = before[:, 0] * (shares[:, 1] + 0.25 * (1 - shares[:, 1]))
     target[:, 2] = 0.75 * before[:, 2]
     assert float(rebalancing(target, before, 0.25)) == pytest.approx(0, abs=1e-9)
-    beyond = target.clone()
-    beyond[:, 1] += 0.1 * before[:, 0]
-    beyond[:, 2] *= 0.5
-    assert float(rebalancing(beyond, before, 0.25)) == pytest.approx(0, abs=1e-9)
+    beyond = target + (target - before)
+    assert float(rebalancing(beyond, before, 0.25)) == pytest.approx(2)
     half = float(rebalancing((before + target) / 2, before, 0.25))
     assert half == pytest.approx(0.5)
 

@@ -91,10 +91,10 @@ def rebalancing(energy_n3: Tensor, before_n3: Tensor, shift: float) -> Tensor:
     With E the energy of all concepts of an item, p = E_up / E and m = E_down / E, and those of the
     unadapted model p0, m0, E0, the targets are p* = p0 + shift (1 - p0) and m* = (1 - shift) m0:
 
-    L = mean_n [ max(0, (p* - p) / (p* - p0))^2 + max(0, (m - m*) / (m0 - m*))^2 + ln(E / E0)^2 ]
+    L = mean_n [ ((p* - p) / (p* - p0))^2 + ((m - m*) / (m0 - m*))^2 + ln(E / E0)^2 ]
 
-    The first two are 1 before training and 0 once the target is reached, and no further. Items
-    without energy count for nothing.
+    The first two are 1 before training and 0 at the target; beyond it they grow again, since nothing
+    else would end a move that has begun. Items without energy count for nothing.
 
     Why: most of the energy of an MLLM's embedding is in text-dominant concepts, and the concepts
     that add most to similarities are distractors (arXiv 2512.19115). Subtraction takes those away;
@@ -107,8 +107,8 @@ def rebalancing(energy_n3: Tensor, before_n3: Tensor, shift: float) -> Tensor:
     total_n, total0_n = total_n.clamp(min=tiny), total0_n.clamp(min=tiny)
     p0_n, m0_n = up0_n / total0_n, down0_n / total0_n
     to_go_n, to_shed_n = shift * (1 - p0_n), shift * m0_n
-    missing_n = ((p0_n + to_go_n - up_n / total_n) / to_go_n.clamp(min=0.01)).relu()
-    excess_n = ((down_n / total_n - m0_n + to_shed_n) / to_shed_n.clamp(min=0.01)).relu()
+    missing_n = (p0_n + to_go_n - up_n / total_n) / to_go_n.clamp(min=0.01)
+    excess_n = (down_n / total_n - m0_n + to_shed_n) / to_shed_n.clamp(min=0.01)
     kept_n = (total_n / total0_n).log()
     return (known_n * (missing_n**2 + excess_n**2 + kept_n**2)).mean()
 
