@@ -95,6 +95,7 @@ def test_merged_loads_plainly_and_equals_the_trained_model(adapted, random_model
         found, PatchedRetriever.from_folder(moved).encode_document(ITEMS), atol=1e-5
     )
     assert not (moved / "adapter").exists()
+    assert "merged into the weights" in (moved / "README.md").read_text()
 
     page = (moved / "report" / "report.html").read_text()
     assert "Modality of the concepts, after the adapter" in page
@@ -116,7 +117,10 @@ def test_separate_stays_beside_the_base(adapted, random_model, tmp_path):
 
     base = AutoModel.from_pretrained(moved)
     assert all(torch.equal(v, weights[k]) for k, v in base.state_dict().items())
-    assert "trust_remote_code=True" in (moved / "README.md").read_text()
+    card = (moved / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "lora of rank 4" in card
+    assert "peft" in card
 
     model = SentenceTransformer(str(moved), device="cpu", trust_remote_code=True)
     np.testing.assert_allclose(model.encode_query(ITEMS), expected, atol=1e-5)

@@ -78,7 +78,9 @@ def export_patch(
             _add_code(folder)
         elif readout.site == f"layers.{n_layers(transformer.model) - 1}":
             _require(folder, _UNTIED)
-        write_text(folder / "README.md", short_card(folder.name, patch, with_code))
+        write_text(
+            folder / "README.md", short_card(folder.name, patch, with_code, adapter is not None)
+        )
         for weights in folder.rglob("*.safetensors"):
             allow_reading(weights)
     except (OSError, SafetensorError) as error:

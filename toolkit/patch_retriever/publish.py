@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import patch_retriever
+from patch_retriever.adapters.settings import AdapterSettings
+from patch_retriever.backbones.adapter import FOLDER as ADAPTER
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import ABOUT, TABLE
 from patch_retriever.concepts.table import add_selection
@@ -91,6 +93,19 @@ def _remove_what_was_published(out: Path, keep: set[str]) -> None:
     write_json(record, sorted(keep))
 
 
+def _adapter(config: BuildConfig, separate: bool) -> str:
+    """An exported adapter in words."""
+    where = "beside the weights, in `adapter/`" if separate else "merged into the weights"
+    if config.adapter_from is not None:
+        return f"one that was given, {where}"
+    settings = config.adapter or AdapterSettings()
+    rank = "" if settings.method == "ia3" else f" of rank {settings.rank}"
+    return (
+        f"{settings.method}{rank}, at most {settings.steps} steps on "
+        f"{settings.pairs or 'the calibration pairs'}, {where}"
+    )
+
+
 def _card(
     name: str,
     patch: Patch,
@@ -106,6 +121,7 @@ def _card(
     tried = json.loads((readouts / "readout.json").read_text())["scores"]
     texts = [item.text for item in data.splits["test"].items if item.kind == "text"]
     with_code = (exported / CODE.name).is_file()
+    separate = (exported / ADAPTER).is_dir()
     readout = load_readout(readouts)
     return model_card(
         name=name,
@@ -122,7 +138,8 @@ def _card(
         setting=setting_text(patch.about["setting"]),
         needs=patch.about["needs"],
         operators=operators(patch),
-        loading=loading(with_code),
+        loading=loading(with_code, separate),
+        adapter=_adapter(config, separate) if patch.about["needs"] == "training" else "",
         with_code=with_code,
         golden=f"{golden['max_abs_diff']:.1g}",
         by_batch=f"{golden['max_abs_diff_by_batch']:.1g}",

@@ -48,6 +48,9 @@ scores = model.similarity(queries, documents)
   prompt.
 {% endif %}
 - **patch**: {{ exported }} ({{ setting }}), which needs {{ needs }}; operators: {{ operators }}.
+{% if adapter %}
+- **adapter**: {{ adapter }}.
+{% endif %}
 - **live, exported and reloaded agree**: largest difference {{ golden }} on the golden inputs
   (`python golden/check.py` repeats the check where you are). One at a time instead of all in a
   batch, embeddings differ by up to {{ by_batch }}.
@@ -92,24 +95,32 @@ def model_card(**values: Any) -> str:
     )
 
 
-def short_card(name: str, patch: Patch, with_code: bool) -> str:
+def short_card(name: str, patch: Patch, with_code: bool, with_adapter: bool = False) -> str:
     """The README of an export that no build made."""
     return (
         Environment(undefined=StrictUndefined, trim_blocks=True)
         .from_string(_SHORT_CARD)
         .render(
-            name=name, loading=loading(with_code), with_code=with_code, operators=operators(patch)
+            name=name,
+            loading=loading(with_code, with_adapter),
+            with_code=with_code,
+            operators=operators(patch),
         )
     )
 
 
-def loading(with_code: bool) -> str:
+def loading(with_code: bool, with_adapter: bool = False) -> str:
     """What a folder needs to be loaded, for its README."""
     if not with_code:
         return "It loads with sentence-transformers alone, without `trust_remote_code`:"
+    why = (
+        "It keeps its adapter beside the weights"
+        if with_adapter
+        else "It patches the model between its layers, or brings pictures to the model's precision"
+    )
+    needs = "sentence-transformers, peft" if with_adapter else "sentence-transformers"
     return (
-        "It patches the model between its layers, or brings pictures to the model's precision, "
-        "which no stock module can: it loads with sentence-transformers and "
+        f"{why}, which no stock module can: it loads with {needs} and "
         "`trust_remote_code=True`, which runs the one file of code here, "
         "`patched_transformer.py`. `encode(..., patch=False)` gives the model without its patch:"
     )
