@@ -22,9 +22,10 @@ import torch
 from patch_retriever import build_retriever
 from patch_retriever.adapters.batches import captions_of, some_of
 from patch_retriever.adapters.forward import PatchedForward
+from patch_retriever.adapters.looks import Training
 from patch_retriever.adapters.losses import ConceptGroups
 from patch_retriever.adapters.settings import AdapterSettings
-from patch_retriever.adapters.training import AdapterTrainer, Training
+from patch_retriever.adapters.training import AdapterTrainer
 from patch_retriever.backbones.adapter import Merged, save_adapter
 from patch_retriever.backbones.load import built_in_model, load_backbone
 from patch_retriever.concepts.query import TABLE

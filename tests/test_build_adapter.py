@@ -189,6 +189,19 @@ def test_validation_may_keep_the_patch_alone(finished_build, random_model, tmp_p
     assert "after the adapter" in (out / "report" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("prefer_adapted")
+def test_with_concepts_subtracted_in_a_layer(random_model, tmp_path):
+    """Training goes through the subtraction in the layer, and its energies are read there."""
+    out = tmp_path / "out"
+    settings = {**SETTINGS, "patch_at": "layers.0", "adapter": ADAPTER}
+    result = build_retriever(out, model=str(random_model), **settings)
+    assert any(row["method"] == OWN for row in result.report["rows"])
+    log = json.loads((out / "run" / "adapter" / "training.json").read_text())
+    assert log["looks"][0]["up_share"] > 0
+    golden = json.loads((out / "golden" / "result.json").read_text())
+    assert golden["max_abs_diff"] <= 1e-5
+
+
 # the commands
 
 

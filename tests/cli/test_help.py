@@ -35,6 +35,7 @@ def examples(help_text: str) -> list[list[str]]:
 
 def test_the_commands_are_those_of_the_docs():
     assert COMMANDS == [
+        "adapt",
         "analyze",
         "build",
         "concepts",

@@ -14,18 +14,15 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.activations.collect import collect_tokens
-from patch_retriever.adapters.checkpoint import AdapterCheckpoint
-from patch_retriever.adapters.settings import AdapterSettings
 from patch_retriever.adapters.targets import target_modules
-from patch_retriever.backbones.adapter import Merged, check_adapter, check_fits
+from patch_retriever.backbones.adapter import check_adapter, check_fits
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
-from patch_retriever.backbones.readout import Readout, layer_number
+from patch_retriever.backbones.readout import layer_number
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import (
     SCENES,
@@ -37,23 +34,16 @@ from patch_retriever.data import (
 )
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
-from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.methods import methods
-from patch_retriever.patch.methods.adapted import adapted_methods
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
 from patch_retriever.report.page import write_report
 from patch_retriever.retrieval.readers.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
-from patch_retriever.stages.adapter import (
-    adapter_fingerprint,
-    adopt_adapter,
-    base_of,
-    learn_adapter,
-)
+from patch_retriever.stages.adapter import fit_adapted
 from patch_retriever.stages.evaluation import evaluate_on_test
-from patch_retriever.stages.fit import Fit, best, fit
+from patch_retriever.stages.fit import best, fit
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.sae import check_width, learn_concepts
 
@@ -162,17 +152,12 @@ def build_retriever(
             given=config.sae_from and sae_fingerprint(config.sae_from),
         )
         fits = [fit(run, transformer, data, readout, sae, config, methods, progress)]
-        if config.adapter is not None or config.adapter_from is not None:
-            adapter = _adapter(run, transformer, data, readout, sae, fits[0], config, say, progress)
-            weights = Merged(transformer, adapter)
-            through = (
-                config.adapter_from is None and (config.adapter or AdapterSettings()).with_patch
+        if config.with_adapter:
+            fits.append(
+                fit_adapted(run, transformer, data, readout, sae, fits[0], config, say, progress)
             )
-            own = Patch.load(fits[0].selected / "patch") if through else None
-            anew = partial(adapted_methods, trained_with=own)
-            fits.append(fit(run, transformer, data, readout, sae, config, anew, progress, weights))
         chosen = best(fits)
-        separate = chosen is not fits[0] and config.adapter is not None and not config.adapter.merge
+        separate = chosen is not fits[0] and not config.adapter_settings.merge
         with nullcontext() if separate else chosen.weights:
             exported = run.stage(
                 "export",
@@ -201,17 +186,7 @@ def build_retriever(
                 after=("evaluate",),
                 model=config.model,
             )
-        publish(
-            out,
-            exported,
-            chosen.selected,
-            evaluated,
-            chosen.concepts,
-            readouts,
-            reported,
-            data,
-            config,
-        )
+        publish(out, chosen, exported, evaluated, readouts, reported, data, config)
     report = json.loads((evaluated / "table.json").read_text())
     return BuildResult(out, (evaluated / "table.txt").read_text().rstrip(), report)
 
@@ -247,50 +222,6 @@ def _data(run: Run, config: BuildConfig, progress: Progress) -> Data:
         skip_bad=config.skip_bad,
     )
     return pairs_data(folder, config.model == BUILT_IN)
-
-
-def _adapter(
-    run: Run,
-    transformer: Transformer,
-    data: Data,
-    readout: Readout,
-    sae: Path,
-    base: Fit,
-    config: BuildConfig,
-    say: Say,
-    progress: Progress,
-) -> Path:
-    """The folder of the adapter that the settings ask for, trained through the base's patch."""
-    model = base_of(config)
-    if config.adapter_from is not None:
-        source = Path(config.adapter_from)
-        return run.stage(
-            "adapter",
-            lambda folder: adopt_adapter(source, model, folder),
-            after=(base.stage,),
-            given=adapter_fingerprint(source),
-        )
-    settings = config.adapter or AdapterSettings()
-    pairs = settings.pairs
-    return run.stage(
-        "adapter",
-        lambda folder: learn_adapter(
-            transformer,
-            data,
-            readout,
-            sae,
-            base.concepts,
-            base.selected,
-            config,
-            folder,
-            AdapterCheckpoint(run.folder / "adapter.training", run.key("adapter")),
-            say,
-            progress,
-        ),
-        after=(base.stage,),
-        settings={k: v for k, v in asdict(settings).items() if k != "merge"},
-        files=pairs and pairs_fingerprint(pairs, pairs_reading(config)),
-    )
 
 
 def model_fingerprint(name: str, commit: str | None = None) -> str:

@@ -77,6 +77,16 @@ class BuildConfig(BaseModel):
     """What concepts are scored on: codes of tokens, pooled like the embedding (an SAE is trained on
     tokens), or codes of pooled vectors (what the paper scores)."""
 
+    @property
+    def with_adapter(self) -> bool:
+        """Whether an adapter is trained, or a given one taken."""
+        return self.adapter is not None or self.adapter_from is not None
+
+    @property
+    def adapter_settings(self) -> AdapterSettings:
+        """How an adapter is trained and exported."""
+        return self.adapter or AdapterSettings()
+
     @field_validator("prompt", mode="before")
     @classmethod
     def _named(cls, prompt: Any) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import patch_retriever
-from patch_retriever.adapters.settings import AdapterSettings
 from patch_retriever.backbones.adapter import FOLDER as ADAPTER
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import ABOUT, TABLE
@@ -23,6 +22,7 @@ from patch_retriever.report.card import loading, model_card, operators, verdict
 from patch_retriever.report.page import REPORT
 from patch_retriever.report.table import EXPLANATION, setting_text
 from patch_retriever.runs import DONE
+from patch_retriever.stages.fit import Fit
 from patch_retriever.stages.readout import load_readout
 
 if TYPE_CHECKING:
@@ -52,10 +52,9 @@ def export(
 
 def publish(
     out: Path,
+    chosen: Fit,
     exported: Path,
-    selected: Path,
     evaluated: Path,
-    concepts: Path,
     readouts: Path,
     reported: Path,
     data: Data,
@@ -64,6 +63,7 @@ def publish(
     """Put the export, the patch, the report and the card into `out`; `modules.json` comes last,
     so that a half-published folder does not load."""
     (out / "modules.json").unlink(missing_ok=True)
+    selected, concepts = chosen.selected, chosen.concepts
     sources = {p.relative_to(exported): p for p in exported.rglob("*") if p.is_file()}
     sources |= {Path("patch", p.name): p for p in (selected / "patch").iterdir()}
     sources |= {Path("report", p.name): p for p in evaluated.iterdir()}
@@ -98,7 +98,7 @@ def _adapter(config: BuildConfig, separate: bool) -> str:
     where = "beside the weights, in `adapter/`" if separate else "merged into the weights"
     if config.adapter_from is not None:
         return f"one that was given, {where}"
-    settings = config.adapter or AdapterSettings()
+    settings = config.adapter_settings
     rank = "" if settings.method == "ia3" else f" of rank {settings.rank}"
     return (
         f"{settings.method}{rank}, at most {settings.steps} steps on "

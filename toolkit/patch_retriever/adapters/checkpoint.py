@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from patch_retriever.adapters.looks import Look
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write_tensors
 
 if TYPE_CHECKING:
-    from patch_retriever.adapters.training import AdapterTrainer, Look
+    from patch_retriever.adapters.training import AdapterTrainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of every weight."""
@@ -52,8 +53,6 @@ class AdapterCheckpoint:
             return None
         import torch
         from safetensors import SafetensorError, safe_open
-
-        from patch_retriever.adapters.training import Look
 
         try:
             with safe_open(self.path, "pt") as file:

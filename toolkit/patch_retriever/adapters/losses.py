@@ -93,8 +93,8 @@ def rebalancing(energy_n3: Tensor, before_n3: Tensor, shift: float) -> Tensor:
 
     L = mean_n [ ((p* - p) / (p* - p0))^2 + ((m - m*) / (m0 - m*))^2 + ln(E / E0)^2 ]
 
-    The first two are 1 before training and 0 at the target; beyond it they grow again, since nothing
-    else would end a move that has begun. Items without energy count for nothing.
+    The first two are 1 before training and 0 at the target; beyond it they grow again, since
+    nothing else would end a move that has begun. Items without energy count for nothing.
 
     Why: most of the energy of an MLLM's embedding is in text-dominant concepts, and the concepts
     that add most to similarities are distractors (arXiv 2512.19115). Subtraction takes those away;

@@ -1,14 +1,17 @@
-"""How an adapter's training fits into memory: estimated from a model's shape."""
+"""How an adapter's training fits into memory, estimated from a model's shape; and what is said
+where it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.adapters.settings import AdapterSettings
 from patch_retriever.adapters.targets import target_modules
 from patch_retriever.backbones.families import n_layers
+from patch_retriever.errors import UserError
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -113,3 +116,25 @@ def suggest(
         settings_found, gib = fits or (None, estimates[-1][1])
         found.append(Suggestion(memory, settings_found, gib))
     return found
+
+
+@contextmanager
+def out_of_memory_said(settings: AdapterSettings) -> Generator[None]:
+    """Say in one line what to lower when memory runs out.
+
+    Raises:
+        UserError: it did.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not ran_out and "can't allocate memory" not in str(error):
+            raise
+        further = "" if settings.gradient_checkpointing else ", or turn gradient checkpointing on"
+        raise UserError(
+            f"out of memory in the adapter's training; lower chunk_size (now "
+            f"{settings.chunk_size}; the loss stays the same) or max_pixels{further}"
+        ) from None

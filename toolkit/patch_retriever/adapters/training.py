@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,17 @@ from patch_retriever.adapters.batches import Batch, Pairs
 from patch_retriever.adapters.captions import Captions
 from patch_retriever.adapters.checkpoint import AdapterCheckpoint
 from patch_retriever.adapters.forward import PatchedForward, Pooled
+from patch_retriever.adapters.looks import Look, Training, Watch
 from patch_retriever.adapters.losses import DOWN, TOTAL, UP, contrastive, rebalancing
+from patch_retriever.adapters.memory import out_of_memory_said
+from patch_retriever.adapters.profile import profile
 from patch_retriever.adapters.settings import AdapterSettings
 from patch_retriever.adapters.targets import adapter_config
 from patch_retriever.ahead import made_ahead
 from patch_retriever.backbones.adapter import unload
 from patch_retriever.backbones.families import layers_path
-from patch_retriever.backbones.inputs import item_batches, on_device, twin
+from patch_retriever.backbones.inputs import on_device, twin
 from patch_retriever.backbones.placement import device_of
-from patch_retriever.errors import UserError
 from patch_retriever.items import Item
 from patch_retriever.patch.artefact import DOCUMENT, QUERY
 from patch_retriever.progress import Progress, no_progress
@@ -38,64 +40,6 @@ if TYPE_CHECKING:
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a look at validation saw: the step, means since the last look of the losses and of the
-    shares of energy in concepts to grow and to shrink (training items), and on validation the
-    score and R@1. `seconds` of training so far."""
-
-    step: int
-    contrastive: float
-    rebalancing: float
-    retention: float
-    up_share: float
-    down_share: float
-    validation_score: float
-    validation_r1: float
-    seconds: float
-
-    def to_text(self) -> str:
-        """For a line of progress."""
-        return (
-            f"step {self.step}: contrastive {self.contrastive:.3f}, rebalancing "
-            f"{self.rebalancing:.3f}, retention {self.retention:.4f}; share of energy to grow "
-            f"{self.up_share:.1%}, to shrink {self.down_share:.1%}; validation score "
-            f"{100 * self.validation_score:.1f}, R@1 {100 * self.validation_r1:.1f}"
-        )
-
-
-Watch = Callable[[Look], None]
-
-
-@dataclass(frozen=True)
-class Training:
-    """A finished training; `best` is the number of the best look, `best_weights` are its."""
-
-    looks: tuple[Look, ...]
-    best: int
-    best_weights: dict[str, Tensor]
-    n_parameters: int
-    n_pairs: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {
-            "looks": [asdict(look) for look in self.looks],
-            "best_step": self.looks[self.best].step,
-            "parameters": self.n_parameters,
-            "pairs": self.n_pairs,
-        }
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The unadapted model on every item: embeddings as queries and documents, and energies."""
-
-    as_query_ne: Tensor
-    as_document_ne: Tensor
-    energy_n3: Tensor | None
 
 
 class AdapterTrainer:
@@ -330,50 +274,6 @@ class AdapterTrainer:
                 model.gradient_checkpointing_disable()
                 for layer in layers:
                     layer.training = False
-
-
-@torch.no_grad()
-def profile(
-    forward: PatchedForward,
-    items: Sequence[Item],
-    batch_size: int,
-    progress: Progress = no_progress,
-    energies: bool = True,
-) -> Profile:
-    """Embeddings of all items as queries and documents, and their energies, on the CPU."""
-    sides: dict[int, list[Tensor]] = {QUERY: [], DOCUMENT: []}
-    order: list[int] = []
-    found: list[Tensor] = []
-    for numbers, features in item_batches(forward.transformer, items, batch_size, progress):
-        order += numbers
-        pooled = forward.pooled(features, energies)
-        for role, parts in sides.items():
-            parts.append(forward.embed(pooled, role).cpu())
-        if pooled.energy_ng is not None:
-            found.append(pooled.energy_ng.cpu())
-    place = torch.tensor(order).argsort()
-    as_query, as_document = (torch.cat(sides[role])[place] for role in (QUERY, DOCUMENT))
-    return Profile(as_query, as_document, torch.cat(found)[place] if found else None)
-
-
-@contextmanager
-def out_of_memory_said(settings: AdapterSettings) -> Generator[None]:
-    """Say in one line what to lower when memory runs out.
-
-    Raises:
-        UserError: it did.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not ran_out and "can't allocate memory" not in str(error):
-            raise
-        further = "" if settings.gradient_checkpointing else ", or turn gradient checkpointing on"
-        raise UserError(
-            f"out of memory in the adapter's training; lower chunk_size (now "
-            f"{settings.chunk_size}; the loss stays the same) or max_pixels{further}"
-        ) from None
 
 
 def _joined(parts: Sequence[Pooled], rows: Sequence[list[int]]) -> Pooled:

@@ -117,8 +117,7 @@ def write_report(
 
 def _concept_figures(run: Path, config: BuildConfig) -> list[Drawn]:
     """Modality and energy of the concepts, before and after the adapter if there is one."""
-    with_adapter = config.adapter is not None or config.adapter_from is not None
-    when = {"": "", ADAPTED: ", after the adapter"} if with_adapter else {"": ""}
+    when = {"": "", ADAPTED: ", after the adapter"} if config.with_adapter else {"": ""}
     figures = []
     for end, said in when.items():
         scores = pq.read_table(run / f"score{end}" / TABLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,11 @@ from patch_retriever.adapters.batches import captions_of, check_apart
 from patch_retriever.adapters.checkpoint import AdapterCheckpoint
 from patch_retriever.adapters.forward import PatchedForward
 from patch_retriever.adapters.losses import ConceptGroups
-from patch_retriever.adapters.settings import AdapterSettings
 from patch_retriever.adapters.training import AdapterTrainer
 from patch_retriever.backbones.adapter import (
     CONFIG,
     WEIGHTS,
+    Merged,
     check_adapter,
     copy_adapter,
     relative_base,
@@ -29,11 +30,14 @@ from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data, pairs_reading
 from patch_retriever.files import file_hash, write_json
 from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.methods.adapted import adapted_methods
 from patch_retriever.progress import Progress, Say
 from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.pairs import pairs_collection
-from patch_retriever.retrieval.readers.pairs import read_pairs
+from patch_retriever.retrieval.readers.pairs import pairs_fingerprint, read_pairs
+from patch_retriever.runs import Run
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.stages.fit import Fit, fit
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -42,28 +46,81 @@ LOG = "training.json"
 """The looks of a training, in an adapter's folder."""
 
 
+def fit_adapted(
+    run: Run,
+    transformer: Transformer,
+    data: Data,
+    readout: Readout,
+    sae: Path,
+    base: Fit,
+    config: BuildConfig,
+    say: Say,
+    progress: Progress,
+) -> Fit:
+    """Train an adapter through the patch that `base` chose, or take a given one, and fit every
+    method anew on the adapted model.
+
+    Raises:
+        UserError: an input is wrong, or memory runs out.
+    """
+    settings, own = config.adapter_settings, None
+    if config.adapter_from is not None:
+        source, model = Path(config.adapter_from), base_of(config)
+        adapter = run.stage(
+            "adapter",
+            lambda folder: adopt_adapter(source, model, folder),
+            after=(base.stage,),
+            given=adapter_fingerprint(source),
+        )
+    else:
+        if settings.with_patch:
+            own = Patch.load(base.selected / "patch")
+        pairs = settings.pairs
+        adapter = run.stage(
+            "adapter",
+            lambda folder: learn_adapter(
+                transformer,
+                data,
+                readout,
+                sae,
+                base.concepts,
+                own or Patch(readout.site),
+                config,
+                folder,
+                AdapterCheckpoint(run.folder / "adapter.training", run.key("adapter")),
+                say,
+                progress,
+            ),
+            after=(base.stage,),
+            settings={k: v for k, v in asdict(settings).items() if k != "merge"},
+            files=pairs and pairs_fingerprint(pairs, pairs_reading(config)),
+        )
+    anew = partial(adapted_methods, trained_with=own)
+    weights = Merged(transformer, adapter)
+    return fit(run, transformer, data, readout, sae, config, anew, progress, weights)
+
+
 def learn_adapter(
     transformer: Transformer,
     data: Data,
     readout: Readout,
     sae_folder: Path,
     concepts: Path,
-    selected: Path,
+    patch: Patch,
     config: BuildConfig,
     folder: Path,
     checkpoint: AdapterCheckpoint,
     say: Say,
     progress: Progress,
 ) -> None:
-    """Train an adapter through the selected patch into `folder`, in peft's layout.
+    """Train an adapter through `patch` into `folder`, in peft's layout.
 
     Raises:
         UserError: there is nothing to adapt or to train on, memory runs out, or the pairs hold
             pictures of the validation or test split.
     """
-    settings = config.adapter or AdapterSettings()
+    settings = config.adapter_settings
     training = training_collection(data, config, progress)
-    patch = Patch.load(selected / "patch") if settings.with_patch else Patch(readout.site)
     energy_of = None
     if settings.rebalancing:
         groups = ConceptGroups.of(load_sae(sae_folder), ConceptTable.load(concepts / TABLE))
@@ -110,7 +167,7 @@ def training_collection(data: Data, config: BuildConfig, progress: Progress) -> 
     Raises:
         UserError: they cannot be read, or hold pictures of the validation or test split.
     """
-    source = config.adapter.pairs if config.adapter else None
+    source = config.adapter_settings.pairs
     if source is None:
         return data.splits["calibration"]
     read = read_pairs(source, config.skip_bad, progress, pairs_reading(config))
