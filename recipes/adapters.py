@@ -66,7 +66,7 @@ CONTROLS = {
         {"with_patch": False}, "adapter without patch", "adapter, then patch fitted anew"
     ),
 }
-SHARES = (1.0, 0.25, 0.5)
+SHARES = (0.25, 0.5, 1.0)
 
 
 class Seed:
@@ -317,7 +317,8 @@ def main(work: Path, out: Path, seeds: int, steps: int, summary_only: bool) -> N
         validate_every=steps,
     )  # fmt: skip
     opened: dict[int, Seed] = {}
-    cells = [(share, seed) for share in SHARES for seed in range(seeds)]
+    cells = [(1.0, seed) for seed in range(seeds)]
+    cells += [(share, seed) for seed in range(seeds) for share in SHARES if share < 1]
     for share, seed in [] if summary_only else cells:
         folder = work / f"seed-{seed}"
         if seed not in opened:

@@ -273,6 +273,11 @@ def test_a_folder_without_an_adapter_is_refused_before_anything_is_done(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_no_loss_is_refused(finished_build):
+    said = error_line(invoke("adapt", finished_build, "--contrastive", 0, "--rebalancing", 0))
+    assert "nothing to train for" in said
+
+
 def test_an_unknown_setting_is_named(tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text("adapter: {rang: 3}\n")

@@ -11,6 +11,7 @@ from patch_retriever.adapters import training as module
 from patch_retriever.adapters.batches import captions_of
 from patch_retriever.adapters.checkpoint import AdapterCheckpoint
 from patch_retriever.adapters.forward import PatchedForward
+from patch_retriever.adapters.looks import Look
 from patch_retriever.adapters.losses import ConceptGroups
 from patch_retriever.adapters.settings import AdapterSettings
 from patch_retriever.adapters.training import AdapterTrainer
@@ -171,9 +172,23 @@ def test_it_stops_when_validation_no_longer_rises(trainer, monkeypatch):
     trained = one.train(watch=watch)
     assert [found.step for found in trained.looks] == [0, 2, 4, 6]
     assert trained.best == 1
+    assert trained.to_json()["best_step"] == 2
     one.keep(trained.best_weights)
     for name, values in at_best.items():
         assert torch.equal(values, weights(one)[name])
+
+
+def test_one_that_had_ended_when_it_was_stopped_ends_at_once(trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        AdapterTrainer,
+        "_look",
+        lambda _self, step, _means, seconds: Look(step, 0, 0, 0, 0, 0, -step, 0, seconds),
+    )
+    checkpoint = AdapterCheckpoint(tmp_path / "training", "key")
+    expected = trainer(steps=20, patience=2).train(checkpoint)
+    found = trainer(steps=20, patience=2).train(checkpoint)
+    assert [look.step for look in found.looks] == [look.step for look in expected.looks]
+    assert found.looks[-1].step == 4
 
 
 def test_two_batches_to_a_step_are_the_mean_of_their_gradients(trainer):

@@ -49,9 +49,10 @@ class Training:
     n_pairs: int
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """As plain JSON values, without times: the same training gives the same."""
+        looks = [asdict(look) for look in self.looks]
         return {
-            "looks": [asdict(look) for look in self.looks],
+            "looks": [{k: v for k, v in look.items() if k != "seconds"} for look in looks],
             "best_step": self.looks[self.best].step,
             "parameters": self.n_parameters,
             "pairs": self.n_pairs,

@@ -65,3 +65,7 @@ class AdapterSettings:
     """Looks without a better one after which the training ends."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Of the weights and the order of pairs; the build's own where none is given."""
+
+    def __post_init__(self) -> None:
+        if not (self.contrastive or self.rebalancing):
+            raise ValueError("contrastive and rebalancing are both 0: nothing to train for")

@@ -102,7 +102,9 @@ class AdapterTrainer:
         done, before = looks[-1].step, looks[-1].seconds
         started = time.monotonic()
         sums: dict[str, float] = {}
-        numbers = range(done * settings.accumulate, settings.steps * settings.accumulate)
+        ended = len(looks) - 1 - best >= settings.patience
+        last = done if ended else settings.steps
+        numbers = range(done * settings.accumulate, last * settings.accumulate)
         prepare = partial(self._prepared, twin(self.forward.transformer))
         with (
             self._in_training(),
@@ -117,8 +119,7 @@ class AdapterTrainer:
                 if place + 1 < settings.accumulate:
                     continue
                 self._step(step)
-                last = step + 1 == settings.steps
-                if (step + 1) % settings.validate_every and not last:
+                if (step + 1) % settings.validate_every and step + 1 != settings.steps:
                     continue
                 n = (step + 1 - looks[-1].step) * settings.accumulate
                 means = {name: value / n for name, value in sums.items()}
