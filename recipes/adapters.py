@@ -59,7 +59,11 @@ class Control:
 
 
 CONTROLS = {
-    "contrastive": Control({"rebalancing": 0.0}, "contrastive without rebalancing, on the patch"),
+    "contrastive": Control(
+        {"rebalancing": 0.0},
+        "contrastive without rebalancing, on the patch",
+        "the same, then patch fitted anew",
+    ),
     "rebalancing": Control({"contrastive": 0.0}, "rebalancing alone, on the patch"),
     "all": Control({}, "patch, then adapter", "patch, then adapter, then patch fitted anew"),
     "without": Control(
@@ -226,7 +230,8 @@ def summary(work: Path, seeds: int, settings: AdapterSettings) -> list[str]:
     lines += [
         "",
         f"Rebalancing beside the contrastive loss, at an equal budget ({a} against {b}): "
-        f"{shown(compared(full[a], full[b]))}.",
+        f"{shown(compared(full[a], full[b]))}; with the patch fitted anew after both: "
+        f"{shown(compared(full[CONTROLS['all'].anew], full[CONTROLS['contrastive'].anew]))}.",
         "",
         "## With fewer pairs",
         "",
@@ -331,9 +336,10 @@ def main(work: Path, out: Path, seeds: int, steps: int, summary_only: bool) -> N
             if (cell / "outcomes.safetensors").is_file():
                 continue
             print(f"seed {seed}, {share:g} of the pairs: {control.called}", flush=True)
-            settings = AdapterSettings(**{**asdict(common), **control.settings})
-            trained = opened[seed].train(settings, share, cell / "adapter")
-            write_json(cell / "training.json", trained.to_json())
+            if not (cell / "training.json").is_file():
+                settings = AdapterSettings(**{**asdict(common), **control.settings})
+                trained = opened[seed].train(settings, share, cell / "adapter")
+                write_json(cell / "training.json", trained.to_json())
             outcomes = opened[seed].measure(control, cell / "adapter", cell)
             for called, outcome in outcomes.items():
                 print(f"  test, {called}: {100 * outcome.score:.1f}", flush=True)

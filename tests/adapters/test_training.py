@@ -147,11 +147,12 @@ def test_a_stopped_training_ends_as_an_unbroken_one(trainer, tmp_path):
 
 def test_a_checkpoint_of_another_training_is_as_none_and_a_damaged_one_is_named(trainer, tmp_path):
     path = tmp_path / "training"
-    trainer(steps=2).train(AdapterCheckpoint(path, "one"))
-    assert AdapterCheckpoint(path, "other").load(trainer()) is None
+    one = trainer(steps=2)
+    one.train(AdapterCheckpoint(path, "one"))
+    assert AdapterCheckpoint(path, "other").load(one.parameters, one.optimiser) is None
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="no readable checkpoint"):
-        AdapterCheckpoint(path, "one").load(trainer())
+        AdapterCheckpoint(path, "one").load(one.parameters, one.optimiser)
 
 
 def test_it_stops_when_validation_no_longer_rises(trainer, monkeypatch):

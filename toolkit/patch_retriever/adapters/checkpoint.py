@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from patch_retriever.adapters.looks import Look
 from patch_retriever.errors import UserError, first_line
 from patch_retriever.files import write_tensors
 
 if TYPE_CHECKING:
-    from patch_retriever.adapters.training import AdapterTrainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of every weight."""
@@ -28,13 +29,18 @@ class AdapterCheckpoint:
         self.path, self.key = path, key
 
     def save(
-        self, trainer: AdapterTrainer, looks: list[Look], best: int, best_weights: dict[str, Tensor]
+        self,
+        parameters: Mapping[str, Parameter],
+        optimiser: Optimizer,
+        looks: list[Look],
+        best: int,
+        best_weights: dict[str, Tensor],
     ) -> None:
         """Write the state after the last look."""
         tensors = {f"best/{name}": values for name, values in best_weights.items()}
-        for name, parameter in trainer.parameters.items():
+        for name, parameter in parameters.items():
             tensors[f"now/{name}"] = parameter.detach()
-            state = trainer.optimiser.state.get(parameter, {})
+            state = optimiser.state.get(parameter, {})
             for moment in MOMENTS:  # none of a weight that no loss reaches
                 if moment in state:
                     tensors[f"{moment}/{name}"] = state[moment]
@@ -42,9 +48,11 @@ class AdapterCheckpoint:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.path, tensors, {"training": json.dumps(about)})
 
-    def load(self, trainer: AdapterTrainer) -> tuple[list[Look], int, dict[str, Tensor]] | None:
-        """The looks, the best one's number and its weights, with the rest set in `trainer`; None
-        where this training has no checkpoint.
+    def load(
+        self, parameters: Mapping[str, Parameter], optimiser: Optimizer
+    ) -> tuple[list[Look], int, dict[str, Tensor]] | None:
+        """The looks, the best one's number and its weights, with the rest set in `parameters` and
+        `optimiser`; None where this training has no checkpoint.
 
         Raises:
             UserError: the file is damaged.
@@ -60,14 +68,14 @@ class AdapterCheckpoint:
                 if about["key"] != self.key:
                     return None
                 looks = [Look(**values) for values in about["looks"]]
-                best_weights = {n: file.get_tensor(f"best/{n}") for n in trainer.parameters}
+                best_weights = {n: file.get_tensor(f"best/{n}") for n in parameters}
                 known = set(file.keys())
                 moments = {
                     name: {m: file.get_tensor(f"{m}/{name}") for m in MOMENTS}
-                    for name in trainer.parameters
+                    for name in parameters
                     if f"{MOMENTS[0]}/{name}" in known
                 }
-                now = {name: file.get_tensor(f"now/{name}") for name in trainer.parameters}
+                now = {name: file.get_tensor(f"now/{name}") for name in parameters}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
                 f"{self.path}: no readable checkpoint ({first_line(error)}); delete it to begin "
@@ -75,11 +83,11 @@ class AdapterCheckpoint:
             ) from None
         step = looks[-1].step
         with torch.no_grad():
-            for name, parameter in trainer.parameters.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(now[name])
                 if name in moments:
                     found = {m: values.to(parameter.device) for m, values in moments[name].items()}
-                    trainer.optimiser.state[parameter] = {
+                    optimiser.state[parameter] = {
                         "step": torch.tensor(float(step)),
                         **found,
                     }

@@ -95,7 +95,7 @@ class AdapterTrainer:
             UserError: memory ran out, or a picture cannot be read.
         """
         settings = self.settings
-        state = checkpoint.load(self) if checkpoint is not None else None
+        state = checkpoint.load(self.parameters, self.optimiser) if checkpoint is not None else None
         looks, best, best_weights = state or ([self._look(0, {}, 0.0)], 0, self._weights())
         if state is None and watch is not None:
             watch(looks[0])
@@ -128,7 +128,7 @@ class AdapterTrainer:
                 if looks[-1].validation_score > looks[best].validation_score:
                     best, best_weights = len(looks) - 1, self._weights()
                 if checkpoint is not None:
-                    checkpoint.save(self, looks, best, best_weights)
+                    checkpoint.save(self.parameters, self.optimiser, looks, best, best_weights)
                 if watch is not None:
                     watch(looks[-1])
                 if len(looks) - 1 - best >= settings.patience:
