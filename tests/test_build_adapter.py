@@ -166,6 +166,35 @@ def test_without_the_adapter_the_build_is_the_old_one_again(adapted, finished_bu
     assert "adapter" not in table
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("prefer_adapted")
+def test_a_build_that_is_killed_in_training_goes_on_from_the_last_look(
+    adapted, finished_build, random_model, tmp_path
+):
+    unbroken, _ = adapted()
+    out = shutil.copytree(finished_build, tmp_path / "killed")
+
+    def kill(line):
+        if line.startswith("step 2:"):
+            raise Killed
+
+    settings = {"model": str(random_model), "adapter": ADAPTER, **SETTINGS}
+    with pytest.raises(Killed):
+        build_retriever(out, say=kill, **settings)
+    said = []
+    build_retriever(out, say=said.append, **settings)
+    assert [line[:6] for line in said if line.startswith("step ")] == ["step 4"]
+    for name in ("adapter_model.safetensors", "training.json"):
+        assert (out / "run" / "adapter" / name).read_bytes() == (
+            unbroken / "run" / "adapter" / name
+        ).read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    assert not (out / "run" / "adapter.training").exists()
+
+
 def test_validation_may_keep_the_patch_alone(finished_build, random_model, tmp_path, monkeypatch):
     choice = Fit.choice
     monkeypatch.setattr(

@@ -27,11 +27,15 @@ class Look:
 
     def to_text(self) -> str:
         """For a line of progress."""
+        losses = (
+            f"contrastive {self.contrastive:.3f}, rebalancing {self.rebalancing:.3f}, "
+            f"retention {self.retention:.4f}; "
+        )
+        shares = f"share of energy to grow {self.up_share:.1%}, to shrink {self.down_share:.1%}; "
         return (
-            f"step {self.step}: contrastive {self.contrastive:.3f}, rebalancing "
-            f"{self.rebalancing:.3f}, retention {self.retention:.4f}; share of energy to grow "
-            f"{self.up_share:.1%}, to shrink {self.down_share:.1%}; validation score "
-            f"{100 * self.validation_score:.1f}, R@1 {100 * self.validation_r1:.1f}"
+            f"step {self.step}: {losses if self.step else ''}{shares if self.up_share else ''}"
+            f"validation score {100 * self.validation_score:.1f}, "
+            f"R@1 {100 * self.validation_r1:.1f}"
         )
 
 
