@@ -35,40 +35,61 @@ ADAPTER = {
 ITEMS = [item.load() for item in scenes_collection("test", 20, 0).items[::25]]
 
 
-@pytest.fixture
-def prefer_adapted(monkeypatch):
-    """Validation prefers whatever needs training: with so little training it would not."""
-    choice = Fit.choice
+CHOICE = Fit.choice
 
-    def preferred(self):
-        found = choice.fget(self)
-        more = 1.0 if found["needs"] == "training" else 0.0
+
+def preferring(needs_training):
+    """Validation prefers what needs training, or what does not, to everything else."""
+
+    def choice(self):
+        found = CHOICE.fget(self)
+        more = float((found["needs"] == "training") == needs_training)
         return {**found, "validation_score": found["validation_score"] + more}
 
-    monkeypatch.setattr(Fit, "choice", property(preferred))
+    return property(choice)
 
 
 @pytest.fixture
-def adapted(finished_build, random_model, tmp_path, prefer_adapted):  # noqa: ARG001
-    """`adapted(merge=..)` is a copy of a finished build, with an adapter since."""
-
-    def make(**changed):
-        out = shutil.copytree(finished_build, tmp_path / "out", dirs_exist_ok=True)
-        said = []
-        build_retriever(
-            out,
-            model=str(random_model),
-            adapter={**ADAPTER, **changed},
-            say=said.append,
-            **SETTINGS,
-        )
-        return out, said
-
-    return make
+def prefer_adapted(monkeypatch):
+    """With so little training validation would not."""
+    monkeypatch.setattr(Fit, "choice", preferring(True))
 
 
-def test_merged_loads_plainly_and_equals_the_trained_model(adapted, random_model, tmp_path):
-    out, said = adapted()
+@pytest.fixture(scope="module")
+def merged_build(finished_build, random_model, tmp_path_factory):
+    """The folder of a finished build with an adapter since, and what was said."""
+    out = shutil.copytree(finished_build, tmp_path_factory.mktemp("adapted") / "out")
+    said = []
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(Fit, "choice", preferring(True))
+        build_retriever(out, model=str(random_model), adapter=ADAPTER, say=said.append, **SETTINGS)
+    return out, said
+
+
+@pytest.fixture
+def adapted(merged_build, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(merged_build[0], tmp_path / "out")
+
+
+class Enough(Exception):
+    pass
+
+
+def until(start):
+    """For `say`: end the build at the first line that starts so."""
+
+    def say(line):
+        if line.startswith(start):
+            raise Enough
+
+    return say
+
+
+def test_merged_loads_plainly_and_equals_the_trained_model(
+    adapted, merged_build, random_model, tmp_path
+):
+    out, said = adapted, merged_build[1]
     for stage in ("collect", "sae", "features", "score", "select"):
         assert f"{stage}: done before" in said
     report = json.loads((out / "report" / "table.json").read_text())
@@ -104,10 +125,12 @@ def test_merged_loads_plainly_and_equals_the_trained_model(adapted, random_model
     assert open_build(moved).features.name == "features-adapted"
 
 
+@pytest.mark.usefixtures("prefer_adapted")
 def test_separate_stays_beside_the_base(adapted, random_model, tmp_path):
-    merged, _ = adapted()
-    expected = SentenceTransformer(str(merged), device="cpu").encode_query(ITEMS)
-    out, said = adapted(merge=False)
+    out, said = adapted, []
+    expected = SentenceTransformer(str(out), device="cpu").encode_query(ITEMS)
+    separate = {"adapter": {**ADAPTER, "merge": False}, **SETTINGS}
+    build_retriever(out, model=str(random_model), say=said.append, **separate)
     assert "adapter: done before" in said  # the same training
     moved = shutil.move(out, tmp_path / "moved")
     config = json.loads((moved / "adapter" / "adapter_config.json").read_text())
@@ -143,79 +166,62 @@ def test_separate_stays_beside_the_base(adapted, random_model, tmp_path):
     np.testing.assert_allclose(again.encode_query(ITEMS), expected, atol=1e-5)
 
 
-def test_a_given_adapter_is_taken(adapted, finished_build, random_model, tmp_path):
-    out, _ = adapted()
-    given = shutil.copytree(out / "run" / "adapter", tmp_path / "given")
-    other = shutil.copytree(finished_build, tmp_path / "other")
-    build_retriever(other, model=str(random_model), adapter_from=str(given), **SETTINGS)
-    report = json.loads((other / "report" / "table.json").read_text())
-    rows = [row["method"] for row in report["rows"] if row["needs"] == "training"]
-    assert ALONE in rows
-    assert OWN not in rows  # what it was trained with is not known here
-    assert (other / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+def test_a_given_adapter_is_taken(adapted, random_model, tmp_path):
+    given = shutil.copytree(adapted / "run" / "adapter", tmp_path / "given")
+    with pytest.raises(Enough):
+        build_retriever(
+            adapted, model=str(random_model), adapter_from=str(given),
+            say=until("features-adapted"), **SETTINGS,
+        )  # fmt: skip
+    taken = adapted / "run" / "adapter"
+    assert (taken / "adapter_model.safetensors").read_bytes() == (
         given / "adapter_model.safetensors"
     ).read_bytes()
+    assert json.loads((taken / "adapter.json").read_text())["from"] == str(given)
+    assert not (taken / "training.json").exists()
 
 
 def test_without_the_adapter_the_build_is_the_old_one_again(adapted, finished_build, random_model):
-    out, _ = adapted()
-    said = []
-    build_retriever(out, model=str(random_model), say=said.append, **SETTINGS)
-    table = (out / "report" / "table.txt").read_text()
+    build_retriever(adapted, model=str(random_model), **SETTINGS)
+    table = (adapted / "report" / "table.txt").read_text()
     assert table == (finished_build / "report" / "table.txt").read_text()
     assert "adapter" not in table
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.usefixtures("prefer_adapted")
 def test_a_build_that_is_killed_in_training_goes_on_from_the_last_look(
-    adapted, finished_build, random_model, tmp_path
+    merged_build, finished_build, random_model, tmp_path
 ):
-    unbroken, _ = adapted()
     out = shutil.copytree(finished_build, tmp_path / "killed")
-
-    def kill(line):
-        if line.startswith("step 2:"):
-            raise Killed
-
     settings = {"model": str(random_model), "adapter": ADAPTER, **SETTINGS}
-    with pytest.raises(Killed):
-        build_retriever(out, say=kill, **settings)
+    with pytest.raises(Enough):
+        build_retriever(out, say=until("step 2:"), **settings)
     said = []
-    build_retriever(out, say=said.append, **settings)
+
+    def say(line):
+        said.append(line)
+        until("features-adapted")(line)
+
+    with pytest.raises(Enough):
+        build_retriever(out, say=say, **settings)
     assert [line[:6] for line in said if line.startswith("step ")] == ["step 4"]
     for name in ("adapter_model.safetensors", "training.json"):
         assert (out / "run" / "adapter" / name).read_bytes() == (
-            unbroken / "run" / "adapter" / name
+            merged_build[0] / "run" / "adapter" / name
         ).read_bytes()
-    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     assert not (out / "run" / "adapter.training").exists()
 
 
-def test_validation_may_keep_the_patch_alone(finished_build, random_model, tmp_path, monkeypatch):
-    choice = Fit.choice
-    monkeypatch.setattr(
-        Fit,
-        "choice",
-        property(
-            lambda self: {
-                **choice.fget(self),
-                "validation_score": float(choice.fget(self)["needs"] != "training"),
-            }
-        ),
-    )
-    out = shutil.copytree(finished_build, tmp_path / "out")
-    result = build_retriever(out, model=str(random_model), adapter=ADAPTER, **SETTINGS)
+def test_validation_may_keep_the_patch_alone(adapted, finished_build, random_model, monkeypatch):
+    monkeypatch.setattr(Fit, "choice", preferring(False))
+    result = build_retriever(adapted, model=str(random_model), adapter=ADAPTER, **SETTINGS)
     before = json.loads((finished_build / "report" / "table.json").read_text())
     assert result.report["exported"] == before["exported"]
     assert any(row["needs"] == "training" for row in result.report["rows"])
-    assert (out / "model.safetensors").read_bytes() == (
+    assert (adapted / "model.safetensors").read_bytes() == (
         finished_build / "model.safetensors"
     ).read_bytes()
-    assert "after the adapter" in (out / "report" / "report.html").read_text()
+    assert "after the adapter" in (adapted / "report" / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("prefer_adapted")
@@ -287,7 +293,7 @@ def test_what_no_build_made_is_refused(tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused(adapted, stand_in, tmp_path):
-    out, _ = adapted()
+    out = adapted
     settings = tmp_path / "settings.yaml"
     settings.write_text(json.dumps({"model": str(stand_in("llava")), **SETTINGS}))
     given = ["--adapter", out / "run" / "adapter"]

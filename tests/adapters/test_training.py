@@ -236,7 +236,7 @@ def test_the_rate_rises_and_falls():
 
 
 def test_retention_begins_at_zero(trainer):
-    one = trainer(contrastive=0.0, rebalancing=0.0)
+    one = trainer(rebalancing=0.0)
     assert float(one._captions.loss([0, 1, 2])) == pytest.approx(0, abs=1e-6)
 
 
