@@ -115,9 +115,10 @@ def ours(way: str, root: Path, size: Size) -> Callable[[], None]:
     captions = captions_of(training, settings.captions_per_step)
     trainer = AdapterTrainer(forward, training, validation, captions, settings, 0)
     batch, chunks = trainer._prepared(forward.transformer, 0)
-    trainer._in_training().__enter__()
+    training_mode = trainer._in_training()  # held by `step`: it ends with its context
+    training_mode.__enter__()
 
-    def step() -> None:
+    def step(_held: Any = training_mode) -> None:
         trainer.backward(0, batch, chunks)
         trainer._step(0)
 

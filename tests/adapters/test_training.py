@@ -95,6 +95,20 @@ def test_a_loss_without_weight_is_not_computed(trainer, weights):
         torch.testing.assert_close(mine[name], gradient, atol=1e-5, rtol=1e-3)
 
 
+def test_checkpointing_runs_layers_again_for_the_same_gradients(trainer):
+    """In a training itself, which alone turns it on."""
+    _, expected, _ = gradients(trainer(chunk_size=1000))
+    one, calls = trainer(chunk_size=1000, gradient_checkpointing=True), []
+    layer = one.forward.transformer.model.language_model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    with one._in_training():
+        _, mine, _ = gradients(one)
+    assert calls.count(True) == 2 * (1 + SETTINGS.captions_per_step)  # of the batch and captions
+    for name, gradient in expected.items():
+        torch.testing.assert_close(mine[name], gradient, atol=1e-6, rtol=1e-4)
+    assert not one.forward.transformer.model.is_gradient_checkpointing
+
+
 def test_it_learns_and_leaves_the_backbone_as_it_was(trainer):
     one = trainer(steps=30, validate_every=15)
     model = one.forward.transformer.model

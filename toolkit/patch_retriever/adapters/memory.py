@@ -80,14 +80,16 @@ def estimate_gib(shape: Shape, settings: AdapterSettings, tokens_per_item: int) 
     """GiB of a training: weights; the adapter's weights, gradients and Adam's two moments in
     float32; and the activations of one chunk.
 
-    A decoder layer keeps, for every token, about 16 numbers of the residual stream's width (norms,
-    queries, keys, values, attention's and the MLP's outputs, and what adapters read) and 4 of the
-    MLP's, a fused attention assumed (after Korthikanti et al. 2022, arXiv 2205.05198, Eq. 1). With
-    checkpointing a layer keeps its input, and one layer at a time all of it.
+    A decoder layer keeps, for every token, about 32 numbers of the residual stream's width (norms
+    in float32, queries, keys, values before and after their rotation, outputs, and what adapters
+    read) and 8 of the MLP's, a fused attention assumed: about four times what Korthikanti et al.
+    2022 (arXiv 2205.05198, Eq. 1) count for a layer without adapters, and somewhat less than
+    `recipes/benchmarks/adapter_training.py` measures on a CPU. With checkpointing a layer keeps its
+    input, and one layer at a time all of it.
     """
     rank = 1 if settings.method == "ia3" else settings.rank
     tokens = settings.chunk_size * tokens_per_item
-    whole = tokens * shape.bytes_each * (16 * shape.width + 4 * shape.mlp_width)
+    whole = tokens * shape.bytes_each * (32 * shape.width + 8 * shape.mlp_width)
     kept = shape.layers * whole
     if settings.gradient_checkpointing:
         kept = shape.layers * tokens * shape.bytes_each * shape.width + whole
