@@ -168,7 +168,9 @@ def data() -> tuple[Any, Any]:
 
     from patch_retriever.scenes.tasks import scenes_collection
 
-    made = scenes_collection("calibration", 40, 0)
+    n = 20
+    made = scenes_collection("calibration", n, 0)
+    made = replace(made, items=made.items[: 6 * n])  # pictures and full captions come first
     task = next(task for task in made.tasks if task.name == "t->i full")
     captions = next(task for task in made.tasks if task.name == "i->t")
     few = replace(made, items=made.items[:1], tasks=())
