@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,10 +55,8 @@ class Pairs:
         for task, found in zip(self.tasks, self._negatives, strict=True):
             found.clear()
             mined = hard_negatives(as_document_nd, [task], NEGATIVES_KEPT, as_query_nd)
-            by_query: dict[int, list[int]] = defaultdict(list)
             for query, document in mined.tolist():
-                by_query[query].append(document)
-            found.update(by_query)
+                found.setdefault(query, []).append(document)
 
     def batch(self, number: int, negatives: int = 0) -> Batch:
         """Batch `number`, with so many hard negatives to each pair, as far as there are any."""
@@ -121,8 +118,8 @@ def captions_of(collection: Collection, n: int) -> list[tuple[Item, str]]:
     return found[::step][:n]
 
 
-def check_apart(training: Collection, held_out: Sequence[Collection]) -> int:
-    """How many of the training collection's pictures are in a held-out one: none may be.
+def check_apart(training: Collection, held_out: Sequence[Collection]) -> None:
+    """Refuse training pairs of which a picture is in a held-out collection.
 
     Raises:
         UserError: one is.
@@ -135,4 +132,3 @@ def check_apart(training: Collection, held_out: Sequence[Collection]) -> int:
                 f"{len(shared)} pictures of the training pairs are also in the {collection.split} "
                 "split, which must stay unseen; take them out of the pairs"
             )
-    return len(mine)

@@ -85,6 +85,13 @@ class ConceptGroups:
         return codes_tc @ groups_c3.to(codes_tc)
 
 
+def mean_shares(energy_n3: Tensor) -> tuple[float, float]:
+    """Mean shares of items' energy in concepts to grow and to shrink."""
+    shares_n3 = energy_n3 / energy_n3[:, TOTAL, None].clamp(min=1e-6)
+    up, down = shares_n3.mean(0)[[UP, DOWN]].tolist()
+    return up, down
+
+
 def rebalancing(energy_n3: Tensor, before_n3: Tensor, shift: float) -> Tensor:
     """Each item's energy on its way to other concepts, by the frozen SAE's codes.
 

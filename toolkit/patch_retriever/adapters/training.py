@@ -19,7 +19,7 @@ from patch_retriever.adapters.captions import Captions
 from patch_retriever.adapters.checkpoint import AdapterCheckpoint
 from patch_retriever.adapters.forward import PatchedForward, Pooled
 from patch_retriever.adapters.looks import Look, Training, Watch
-from patch_retriever.adapters.losses import DOWN, TOTAL, UP, contrastive, rebalancing
+from patch_retriever.adapters.losses import contrastive, mean_shares, rebalancing
 from patch_retriever.adapters.memory import out_of_memory_said
 from patch_retriever.adapters.profile import profile
 from patch_retriever.adapters.settings import AdapterSettings
@@ -183,9 +183,7 @@ class AdapterTrainer:
                 energies.append(pooled.energy_ng.detach())
             torch.stack(terms).sum().backward()
         if energies:
-            energy_n3 = torch.cat(energies)
-            shares_n = energy_n3 / energy_n3[:, TOTAL, None].clamp(min=1e-6)
-            found["up_share"], found["down_share"] = shares_n.mean(0)[[UP, DOWN]].tolist()
+            found["up_share"], found["down_share"] = mean_shares(torch.cat(energies))
         if self._captions is not None:
             n, each = len(self._captions), settings.captions_per_step
             loss = self._captions.loss([(number * each + i) % n for i in range(min(n, each))])
@@ -231,9 +229,7 @@ class AdapterTrainer:
         names = [f.name for f in fields(Look) if f.name not in ("step", "seconds")]
         values = {name: means.get(name, 0.0) for name in names}
         if step == 0 and self.profile.energy_n3 is not None:
-            total_n, up_n, down_n = self.profile.energy_n3.T
-            values["up_share"] = float((up_n / total_n.clamp(min=1e-6)).mean())
-            values["down_share"] = float((down_n / total_n.clamp(min=1e-6)).mean())
+            values["up_share"], values["down_share"] = mean_shares(self.profile.energy_n3)
         r1 = sum(outcome.recalls(task.name)[0] for task in self.validation.tasks)
         values |= {
             "validation_score": outcome.score,

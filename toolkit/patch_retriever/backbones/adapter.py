@@ -97,7 +97,7 @@ def inject(transformer: Transformer, folder: Path) -> PeftModel:
     expected = about.get("base_fingerprint")
     found = base_fingerprint(peft_model.get_base_model(), _adapted(peft_model))
     if expected is not None and expected != found:
-        _take_out(model)
+        unload(peft_model)
         raise UserError(
             f"{folder}: this adapter was made for other weights ({about.get('base')}); give the "
             "model that it was trained on"
