@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/patch-retriever build -o demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # In a folder of its own, which only these tests see: tests/families/vision_operators.py says why.
 $(TORCHVISION)/.ready: $(READY)

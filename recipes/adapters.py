@@ -6,6 +6,9 @@ A seed draws other calibration, validation and test scenes, another SAE and anot
 model is the built-in one. Results are kept under --work, and a second run goes on from there.
 
     python recipes/adapters.py --work /tmp/adapters --out docs/adapter-controls.md
+
+Seeds can be measured side by side, each by a process of its own with the same --work (--seed 0);
+the tables are of all that is there.
 """
 
 from __future__ import annotations
@@ -188,14 +191,17 @@ def shown(difference: Difference) -> str:
     )
 
 
-def summary(work: Path, seeds: int, settings: AdapterSettings) -> list[str]:
+def finished(work: Path, share: float) -> list[Path]:
+    """Folders of this share of the pairs in which every training was measured, by seed."""
+    cells = sorted(work.glob(f"seed-*/{share:g}"))
+    return [c for c in cells if all((c / n / "outcomes.safetensors").is_file() for n in CONTROLS)]
+
+
+def summary(work: Path, settings: AdapterSettings) -> list[str]:
     """The tables, from what was measured."""
     by_share: dict[float, dict[str, list[Outcome]]] = {}
     for share in SHARES:
-        cells = [work / f"seed-{seed}" / f"{share:g}" for seed in range(seeds)]
-        cells = [
-            c for c in cells if all((c / n / "outcomes.safetensors").is_file() for n in CONTROLS)
-        ]
+        cells = finished(work, share)
         for cell in cells:
             files = [cell.parent / "outcomes.safetensors"]
             files += [cell / name / "outcomes.safetensors" for name in CONTROLS]
@@ -244,10 +250,10 @@ def summary(work: Path, seeds: int, settings: AdapterSettings) -> list[str]:
         scores = [[one.score for one in by_share[s][name]] for s in sorted(by_share)]
         row = [f"{100 * np.mean(some):.1f} ({len(some)})" for some in scores]
         lines.append(f"| {name} | {' | '.join(row)} |")
-    return [*lines, "", *_energies(work, seeds), "", *_descriptions(work)]
+    return [*lines, "", *_energies(work), "", *_descriptions(work)]
 
 
-def _energies(work: Path, seeds: int) -> list[str]:
+def _energies(work: Path) -> list[str]:
     """Shares of energy and what is said of pictures, before and after."""
     lines = [
         "## Energy",
@@ -260,8 +266,8 @@ def _energies(work: Path, seeds: int) -> list[str]:
         "|---|---|---|---|",
     ]
     for name, control in CONTROLS.items():
-        logs = [work / f"seed-{s}" / "1" / name / "training.json" for s in range(seeds)]
-        looks = [json.loads(log.read_text())["looks"] for log in logs if log.is_file()]
+        logs = [cell / name / "training.json" for cell in finished(work, 1.0)]
+        looks = [json.loads(log.read_text())["looks"] for log in logs]
 
         def moved(key: str, looks: list[Any] = looks) -> str:
             before, after = (100 * np.mean([one[i][key] for one in looks]) for i in (0, -1))
@@ -313,42 +319,39 @@ def _descriptions(work: Path) -> list[str]:
 @click.command(help=__doc__)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where results go.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Markdown to write.")
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--seed", "seeds", multiple=True, default=(0, 1, 2), show_default=True, type=int)
 @click.option("--steps", default=100, show_default=True)
 @click.option("--summary-only", is_flag=True, help="Tables of what is there.")
-def main(work: Path, out: Path, seeds: int, steps: int, summary_only: bool) -> None:
+def main(work: Path, out: Path, seeds: tuple[int, ...], steps: int, summary_only: bool) -> None:
     common = AdapterSettings(
         steps=steps, lr=3e-3, warmup=10, batch_size=20, hard_negatives=2, chunk_size=128,
         validate_every=steps,
     )  # fmt: skip
-    opened: dict[int, Seed] = {}
-    cells = [(1.0, seed) for seed in range(seeds)]
-    cells += [(share, seed) for seed in range(seeds) for share in SHARES if share < 1]
-    for share, seed in [] if summary_only else cells:
-        folder = work / f"seed-{seed}"
-        if seed not in opened:
-            opened[seed] = found = Seed(folder / "build", seed)
-            base = {BASE: Patch(found.patch.site), PATCH: found.patch}
-            outcomes = {n: found.outcome(p, found.run / "features") for n, p in base.items()}
-            save_outcomes(outcomes, folder / "outcomes.safetensors")
-        for name, control in CONTROLS.items():
-            cell = folder / f"{share:g}" / name
-            if (cell / "outcomes.safetensors").is_file():
-                continue
-            print(f"seed {seed}, {share:g} of the pairs: {control.called}", flush=True)
-            if not (cell / "training.json").is_file():
-                settings = AdapterSettings(**{**asdict(common), **control.settings})
-                trained = opened[seed].train(settings, share, cell / "adapter")
-                write_json(cell / "training.json", trained.to_json())
-            outcomes = opened[seed].measure(control, cell / "adapter", cell)
-            for called, outcome in outcomes.items():
-                print(f"  test, {called}: {100 * outcome.score:.1f}", flush=True)
-            save_outcomes(outcomes, cell / "outcomes.safetensors")
-    if not summary_only and not (work / "captions.json").is_file():
+    for number in () if summary_only else seeds:
+        folder = work / f"seed-{number}"
+        seed = Seed(folder / "build", number)
+        base = {BASE: Patch(seed.patch.site), PATCH: seed.patch}
+        outcomes = {n: seed.outcome(p, seed.run / "features") for n, p in base.items()}
+        save_outcomes(outcomes, folder / "outcomes.safetensors")
+        for share in reversed(SHARES):
+            for name, control in CONTROLS.items():
+                cell = folder / f"{share:g}" / name
+                if (cell / "outcomes.safetensors").is_file():
+                    continue
+                print(f"seed {number}, {share:g} of the pairs: {control.called}", flush=True)
+                if not (cell / "training.json").is_file():
+                    settings = AdapterSettings(**{**asdict(common), **control.settings})
+                    trained = seed.train(settings, share, cell / "adapter")
+                    write_json(cell / "training.json", trained.to_json())
+                outcomes = seed.measure(control, cell / "adapter", cell)
+                for called, outcome in outcomes.items():
+                    print(f"  test, {called}: {100 * outcome.score:.1f}", flush=True)
+                save_outcomes(outcomes, cell / "outcomes.safetensors")
+    if not summary_only and 0 in seeds and not (work / "captions.json").is_file():
         adapters = {name: work / "seed-0" / "1" / name / "adapter" for name in CONTROLS}
         described = {"no adapter": describe(None)} | {n: describe(p) for n, p in adapters.items()}
         write_json(work / "captions.json", described)
-    lines = ["# Adapters: six controls", "", *summary(work, seeds, common)]
+    lines = ["# Adapters: six controls", "", *summary(work, common)]
     out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -131,6 +131,19 @@ def test_it_is_saved_again_and_loads_again(exported, tmp_path):
     assert largest_difference(embedded(again, QUERY, patch=False), expected_ne) > 1e-2
 
 
+def test_in_half_precision_the_patch_stays_in_float32(exported, tmp_path):
+    half = {"model_kwargs": {"dtype": torch.bfloat16}}
+    model = SentenceTransformer(str(exported), device="cpu", trust_remote_code=True, **half)
+    model.save(str(tmp_path / "half"), create_model_card=False)
+    again = SentenceTransformer(str(tmp_path / "half"), device="cpu", trust_remote_code=True)
+    whole = SentenceTransformer(str(exported), device="cpu", trust_remote_code=True)
+    assert again.dtype == torch.bfloat16
+    patch = {n: b for n, b in whole.named_buffers() if "subtractions" in n or "rkde" in n}
+    assert patch
+    kept = dict(again.half().named_buffers())
+    assert all(torch.equal(kept[name], buffer) for name, buffer in patch.items())
+
+
 def test_it_says_that_it_needs_the_flag(exported):
     with pytest.raises(ValueError, match="trust_remote_code"):
         SentenceTransformer(str(exported), device="cpu")

@@ -216,8 +216,9 @@ def main(quick: bool, rounds: int | None, threads: int, json_only: bool) -> None
                 target=serve, args=(way, its, Path(folder), size, threads), daemon=True
             )
             process.start()
-            mine.recv()
             running[way] = (process, mine)
+        for way, (_, mine) in running.items():
+            mine.recv()
             report.progress(f"{way}: ready")
         for turn in range(rounds + 1):
             for way in WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]:

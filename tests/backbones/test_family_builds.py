@@ -47,7 +47,7 @@ def test_build_in_the_dtype_of_its_files_where_that_takes_code(
     assert (out / CODE.name).is_file()
     assert "trust_remote_code=True" in (out / "README.md").read_text()
     golden = json.loads((out / "golden" / "result.json").read_text())
-    assert golden["max_abs_diff"] <= 5e-2
+    assert golden["max_abs_diff"] <= 1e-2  # rounding of what it gives; the maps keep float32
     exported = load_backbone(str(out), dtype="auto")
     assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
     again = []

@@ -198,7 +198,8 @@ def test_an_saes_sparse_codes_are_its_dense_ones(k, chunk_codes, monkeypatch):
     codes = sae.codes(x_nd)
     assert 0 < len(codes.values_e) < 13 * 20
     assert torch.allclose(codes.dense(), sae.encode(x_nd), atol=1e-6)
-    assert torch.allclose(codes.matmul(sae.W_dec_cd) + sae.b_dec_d, sae.decode(sae.encode(x_nd)))
+    decoded_nd = codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+    assert torch.allclose(decoded_nd, sae.decode(sae.encode(x_nd)), atol=1e-5)  # sums of ten or so
 
 
 def test_codes_of_no_activations_are_empty():

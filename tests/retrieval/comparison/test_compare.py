@@ -321,9 +321,18 @@ def test_pictures_that_cannot_be_read_are_left_out_if_asked(views, tmp_path):
 def test_an_index_is_measured_against_the_exact_search(views, tmp_path):
     exact = compare_models(["pixels"], views, Settings(), tmp_path).base.trials["i->i"]
     flat = compare_models(["pixels"], views, Settings(index="flat"), tmp_path).base.trials["i->i"]
-    # two whose scores differ by a rounding change places on some processors
-    assert [set(found) for found in flat.top] == [set(found) for found in exact.top]
-    assert flat.figures["index_recall"] == 1
+    # which of two equally similar ones comes first is rounding, and differs by processor
+    task = views["i->i"]
+    vectors_nd = np.stack([pixels(item) for item in [*task.queries, *task.candidates]])
+    vectors_nd /= np.linalg.norm(vectors_nd, axis=1, keepdims=True)
+    queries_qd, candidates_cd = np.split(vectors_nd.astype(np.float64), [len(task.queries)])
+    place = {name: number for number, name in enumerate(task.candidate_ids)}
+    for query_d, found, expected in zip(queries_qd, flat.top, exact.top, strict=True):
+        scores, best = (
+            candidates_cd[[place[i] for i in top]] @ query_d for top in (found, expected)
+        )
+        np.testing.assert_allclose(scores, best, atol=1e-6)
+    assert flat.figures["index_recall"] > 0.995
     assert flat.figures["index_bytes"] >= exact.figures["index_bytes"] == 90 * 432 * 4
     rough = compare_models(["pixels"], views, Settings(index="PQ6x4"), tmp_path)
     figures = rough.base.trials["i->i"].figures

@@ -22,7 +22,21 @@ READOUT = "readout"
 """What stands in place of a layer for the subtraction where tokens are read."""
 
 
-class Subtraction(nn.Module):
+class _InFloat32(nn.Module):
+    """Buffers keep float32 when the model around them is cast: a patch stretches some directions so
+    far that half of its digits would show."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            placed = self._buffers[name]
+            assert tensor is not None and placed is not None
+            self._buffers[name] = tensor.to(placed.device)
+        return self
+
+
+class Subtraction(_InFloat32):
     """h - sum_i a_i z_i(h) d_i with z_i = u_i [u_i > threshold_i], in float32."""
 
     FIELDS = ("strength_m", "W_enc_dm", "b_enc_m", "threshold_m", "W_dec_md")
@@ -35,7 +49,7 @@ class Subtraction(nn.Module):
     def forward(self, h_ntd: Tensor) -> Tensor:
         """Patched activations (..., d), in float32."""
         strength_m, W_enc_dm, b_enc_m, threshold_m, W_dec_md = (
-            getattr(self, name).to(h_ntd.device, torch.float32) for name in self.FIELDS
+            getattr(self, name).to(h_ntd.device) for name in self.FIELDS
         )
         x_ntd = h_ntd.float()
         u = x_ntd @ W_enc_dm + b_enc_m
@@ -172,7 +186,7 @@ class PatchedTransformer(Transformer):
         self.model.__dict__.pop("peft_config", None)  # or the model would be saved as an adapter
 
 
-class PatchedMaps(Module):
+class PatchedMaps(_InFloat32, Module):
     """The patch's affine maps on pooled vectors, in float32: one for each role (queries and
     documents, or both alike) and kind (text, image, both, or all alike).
 
@@ -199,7 +213,7 @@ class PatchedMaps(Module):
         x_nd = pooled_nw[:, self.value_at : self.value_at + d]
         if patch:
             role = 0 if task == "query" else len(self.weight_rkde) - 1
-            weight_kde, bias_ke = self.weight_rkde[role].float(), self.bias_rke[role].float()
+            weight_kde, bias_ke = self.weight_rkde[role], self.bias_rke[role]
             mean_nd = pooled_nw[:, self.gate_at : self.gate_at + d]
             x_nd = self._mapped(x_nd, mean_nd, weight_kde, bias_ke)
         return {**features, "sentence_embedding": x_nd}
@@ -208,7 +222,7 @@ class PatchedMaps(Module):
         out_ne = x_nd @ weight_kde[0] + bias_ke[0]
         if len(weight_kde) == 1:
             return out_ne
-        switch_n2 = mean_nd @ self.direction_2d.float().T + self.offset_2.float() > 0
+        switch_n2 = mean_nd @ self.direction_2d.T + self.offset_2 > 0
         for k in (0, 1):  # text, then the step to image, then the step to both
             step_ne = x_nd @ (weight_kde[k + 1] - weight_kde[k]) + bias_ke[k + 1] - bias_ke[k]
             out_ne = out_ne + switch_n2[:, k, None] * step_ne
