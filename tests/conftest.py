@@ -43,6 +43,42 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def golden_check_here() -> Iterator[Callable[[Path], tuple[str, str]]]:
+    """Builds check their export in this process: a fresh one takes longer to start than most tests
+    run. Tests with `golden_process`, and builds in processes of their own, have the real thing,
+    which is what this gives."""
+    import contextlib
+    import io
+    import runpy
+
+    from patch_retriever import golden
+
+    in_a_process = golden.run_check
+
+    def run(script: Path) -> tuple[str, str]:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            except SystemExit:
+                pass
+            except Exception as error:
+                return said.getvalue(), f"{type(error).__name__}: {error}"
+        return said.getvalue(), ""
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(golden, "run_check", run)
+        yield in_a_process
+
+
+@pytest.fixture
+def golden_process(
+    golden_check_here: Callable[[Path], tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The golden check runs in a fresh process, as it does for users."""
+    monkeypatch.setattr("patch_retriever.golden.run_check", golden_check_here)
+
+
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a LLaVA of random weights: width 32, two decoder layers."""

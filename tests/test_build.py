@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,13 +209,13 @@ def test_export_loads_without_this_package_and_equals_the_live_retriever(finishe
     np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1, atol=1e-5)
 
 
-def test_golden_check_fails_when_the_export_was_changed(random_model, tmp_path):
+@pytest.mark.usefixtures("golden_process")
+def test_golden_check_fails_when_the_export_was_changed(finished_build, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from patch_retriever.golden import check_golden
 
-    out = tmp_path / "out"
-    small_build(out, random_model)
+    out = shutil.copytree(finished_build, tmp_path / "out")
     assert check_golden(out) <= 1e-5
     weights = load_file(out / "model.safetensors")
     name = next(n for n in weights if n.endswith("norm.weight") and "language_model" in n)

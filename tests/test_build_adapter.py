@@ -252,7 +252,7 @@ def test_adapt_in_a_fresh_process(finished_build, tmp_path):
     assert ALONE in done.stdout
     config = BuildConfig.read(out / MARKER)
     assert config.adapter == AdapterSettings(rank=2, steps=2, batch_size=4, hard_negatives=0)
-    again = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    again = invoke("adapt", out, *options)
     assert "adapter: done before" in again.stderr
     assert "evaluate: done before" in again.stderr
 

@@ -157,6 +157,7 @@ def test_it_says_that_it_needs_the_flag(exported):
     assert all(t in own or t.startswith("sentence_transformers.") for t in types)
 
 
+@pytest.mark.usefixtures("golden_process")
 def test_in_a_fresh_process_without_this_package(model_folder, tmp_path):
     """Readout before the final norm, per-modality and per-role maps"""
     readout = Readout(ONE_WORD, LAST_LAYER, "lasttoken")

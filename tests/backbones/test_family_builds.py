@@ -21,11 +21,11 @@ from patch_retriever.pictures.picture import PictureFile
 
 @pytest.fixture
 def golden_python(fresh_python, monkeypatch):
-    """The golden check runs in a fresh process, too."""
+    """Processes that a build starts do not know this package."""
     monkeypatch.setattr(sys, "executable", str(fresh_python))
 
 
-@pytest.mark.usefixtures("golden_python")
+@pytest.mark.usefixtures("golden_process", "golden_python")
 def test_build_in_the_dtype_of_its_files_where_that_takes_code(
     stand_in, photo_folder, tmp_path, monkeypatch
 ):
@@ -56,7 +56,7 @@ def test_build_in_the_dtype_of_its_files_where_that_takes_code(
     assert all("done before" in line or line.startswith("readout: ") for line in again)
 
 
-@pytest.mark.usefixtures("golden_python")
+@pytest.mark.usefixtures("golden_process", "golden_python")
 @pytest.mark.parametrize("name", [parameter(name) for name in FAMILIES])
 def test_build(name, stand_in, photo_folder, tmp_path, fresh):
     result = build_retriever(

@@ -115,13 +115,12 @@ def check_golden(folder: Path) -> float:
         UserError: the export does not load, or differs from the live model by more than its dtype
             allows (1e-5 in float32).
     """
-    script = folder / FOLDER / "check.py"
-    done = subprocess.run([sys.executable, "-I", str(script)], capture_output=True, text=True)
+    said, complaints = run_check(folder / FOLDER / "check.py")
     try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        found = json.loads(said.strip().splitlines()[-1])
         largest, tolerance = float(found["max_abs_diff"]), TOLERANCES[found["dtype"]]
     except (IndexError, ValueError, KeyError):
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        reason = (complaints.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"{folder}: the exported model does not load ({reason})") from None
     if not largest <= tolerance:
         raise UserError(
@@ -129,3 +128,9 @@ def check_golden(folder: Path) -> float:
             f"(more than {tolerance:g}) on its golden inputs"
         )
     return largest
+
+
+def run_check(script: Path) -> tuple[str, str]:
+    """What the script prints in a fresh process: stdout and stderr."""
+    done = subprocess.run([sys.executable, "-I", str(script)], capture_output=True, text=True)
+    return done.stdout, done.stderr
