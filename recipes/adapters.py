@@ -241,14 +241,17 @@ def summary(work: Path, settings: AdapterSettings) -> list[str]:
         "",
         "## With fewer pairs",
         "",
-        "The same steps over a quarter, half and all of the pairs: test score, and seeds.",
+        "The same steps over a quarter, half and all of the pairs: test score (of each seed).",
         "",
         "| control | " + " | ".join(f"{s:g} of the pairs" for s in sorted(by_share)) + " |",
         "|---|" + "---|" * len(by_share),
     ]
     for name in names:
         scores = [[one.score for one in by_share[s][name]] for s in sorted(by_share)]
-        row = [f"{100 * np.mean(some):.1f} ({len(some)})" for some in scores]
+        row = [
+            f"{100 * np.mean(some):.1f} ({', '.join(f'{100 * one:.1f}' for one in some)})"
+            for some in scores
+        ]
         lines.append(f"| {name} | {' | '.join(row)} |")
     return [*lines, "", *_energies(work), "", *_descriptions(work)]
 
