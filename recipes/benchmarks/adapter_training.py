@@ -60,7 +60,7 @@ class Size:
 
 
 QUICK = Size(
-    width=256, layers=4, heads=4, mlp=1024, vocabulary=4096, tower_width=128, tower_layers=2,
+    width=256, layers=2, heads=4, mlp=1024, vocabulary=4096, tower_width=128, tower_layers=1,
     tower_mlp=256, dictionary=1024, pairs=8, chunk_size=8,
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ def ours(way: str, root: Path, size: Size) -> Callable[[], None]:
     from patch_retriever.backbones.readout import PAPER_READOUT
     from patch_retriever.patch.artefact import Patch
 
-    training, validation = data()
+    training, validation = data(size)
     sae, patch = concepts(size)
     every = way == "all losses"
     settings = AdapterSettings(
@@ -139,7 +139,7 @@ def theirs(_way: str, root: Path, size: Size) -> Callable[[], None]:
     from patch_retriever.backbones.load import load_backbone, with_readout
     from patch_retriever.backbones.readout import PAPER_READOUT
 
-    training, _ = data()
+    training, _ = data(size)
     transformer = load_backbone(str(root / MODEL))
     model = with_readout(transformer, PAPER_READOUT)
     base: Any = transformer.model
@@ -162,13 +162,13 @@ def theirs(_way: str, root: Path, size: Size) -> Callable[[], None]:
     return step
 
 
-def data() -> tuple[Any, Any]:
+def data(size: Size) -> tuple[Any, Any]:
     """Full captions and their pictures; hardly any to look at."""
     from dataclasses import replace
 
     from patch_retriever.scenes.tasks import scenes_collection
 
-    n = 20
+    n = size.pairs + 4
     made = scenes_collection("calibration", n, 0)
     made = replace(made, items=made.items[: 6 * n])  # pictures and full captions come first
     task = next(task for task in made.tasks if task.name == "t->i full")
@@ -197,12 +197,12 @@ def concepts(size: Size) -> tuple[Any, Any]:
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="A small model and few steps.")
-@click.option("--rounds", type=int, help="Turns that each way takes. [default: 12; quick: 5]")
+@click.option("--rounds", type=int, help="Turns that each way takes. [default: 12; quick: 2]")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--json", "json_only", is_flag=True, help="The line of JSON alone.")
 def main(quick: bool, rounds: int | None, threads: int, json_only: bool) -> None:
     report, size = Report(json_only), QUICK if quick else Size()
-    rounds = rounds or (5 if quick else 12)
+    rounds = rounds or (2 if quick else 12)
     context = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     peaks: dict[str, float] = {}
