@@ -24,8 +24,8 @@ from patch_retriever.scenes.tasks import scenes_collection
 N = 12
 
 
-def scenes(n: int, *names: str, split: str = "test") -> dict[str, RetrievalTask]:
-    tasks = scenes_collection(split, n, 0).retrieval_tasks()
+def scenes(n: int, *names: str, split: str = "test", seed: int = 0) -> dict[str, RetrievalTask]:
+    tasks = scenes_collection(split, n, seed).retrieval_tasks()
     return {task.name: task for task in tasks if task.name in names}
 
 
@@ -318,21 +318,13 @@ def test_pictures_that_cannot_be_read_are_left_out_if_asked(views, tmp_path):
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_an_index_is_measured_against_the_exact_search(views, tmp_path):
+def test_an_index_is_measured_against_the_exact_search(tmp_path):
+    # no two pictures alike: a processor's rounding decides no rank
+    views = scenes(30, "i->i", split="calibration", seed=1)
     exact = compare_models(["pixels"], views, Settings(), tmp_path).base.trials["i->i"]
     flat = compare_models(["pixels"], views, Settings(index="flat"), tmp_path).base.trials["i->i"]
-    # which of two equally similar ones comes first is rounding, and differs by processor
-    task = views["i->i"]
-    vectors_nd = np.stack([pixels(item) for item in [*task.queries, *task.candidates]])
-    vectors_nd /= np.linalg.norm(vectors_nd, axis=1, keepdims=True)
-    queries_qd, candidates_cd = np.split(vectors_nd.astype(np.float64), [len(task.queries)])
-    place = {name: number for number, name in enumerate(task.candidate_ids)}
-    for query_d, found, expected in zip(queries_qd, flat.top, exact.top, strict=True):
-        scores, best = (
-            candidates_cd[[place[i] for i in top]] @ query_d for top in (found, expected)
-        )
-        np.testing.assert_allclose(scores, best, atol=1e-6)
-    assert flat.figures["index_recall"] > 0.995
+    assert flat.top == exact.top
+    assert flat.figures["index_recall"] == 1
     assert flat.figures["index_bytes"] >= exact.figures["index_bytes"] == 90 * 432 * 4
     rough = compare_models(["pixels"], views, Settings(index="PQ6x4"), tmp_path)
     figures = rough.base.trials["i->i"].figures

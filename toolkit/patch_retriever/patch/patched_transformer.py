@@ -27,12 +27,10 @@ class _InFloat32(nn.Module):
     far that half of its digits would show."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        kept = dict(self._buffers)
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
-            placed = self._buffers[name]
-            assert tensor is not None and placed is not None
-            self._buffers[name] = tensor.to(placed.device)
+            setattr(self, name, tensor.to(getattr(self, name).device))
         return self
 
 
