@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from patch_retriever.activations.collect import collect_tokens
 from patch_retriever.adapters.targets import target_modules
 from patch_retriever.backbones.adapter import check_adapter, check_fits
+from patch_retriever.backbones.cut import cut_at
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
 from patch_retriever.backbones.readout import layer_number
@@ -128,6 +129,7 @@ def build_retriever(
         )
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")
+        whole, transformer = transformer, cut_at(transformer, readout.cut)
         at = config.patch_at or readout.site  # where the SAE is trained and concepts subtracted
         store = run.stage(
             "collect",
@@ -174,7 +176,7 @@ def build_retriever(
             )
         evaluated = run.stage(
             "evaluate",
-            lambda folder: evaluate_on_test(fits, transformer, data, config, folder, progress),
+            lambda folder: evaluate_on_test(fits, whole, data, config, folder, progress),
             after=("export", *(one.stage for one in fits[1:])),
         )
         with chosen.weights:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch_retriever.backbones.pooling import pool, pooling_weights
+from patch_retriever.backbones.pooling import patched_part, pool, pool_parts, pooling_weights
 from patch_retriever.backbones.readout import PoolingMode
 from patch_retriever.concepts.query import words
 from patch_retriever.errors import UserError, first_line
@@ -45,18 +45,20 @@ class ConceptPart(Part):
 
 @dataclass(frozen=True)
 class Explanation:
-    """One similarity as a sum of parts: `concepts`, `geometry` and `residual` sum to `score`,
-    before and after alike.
+    """One similarity as a sum of parts: `concepts`, `geometry`, `residual` and `last_token` sum to
+    `score`, before and after alike.
 
     `concepts` are those active on either side, the largest part first. The geometry is what all
     items of a group have in common (the SAE's bias, the shifts of the patch's maps), the residual
-    is what the SAE does not reconstruct.
+    is what the SAE does not reconstruct. `last_token` is what the last token adds where a readout
+    has it beside the mean: concepts are of the mean's half.
     """
 
     score: Part
     concepts: tuple[ConceptPart, ...]
     geometry: Part
     residual: Part
+    last_token: Part | None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -79,6 +81,8 @@ class Explanation:
             others = Part(sum(p.before for p in rest), sum(p.after for p in rest))
             lines.append(_row(f"{len(rest)} other concepts", others))
         lines += [_row("geometry", self.geometry), _row("residual", self.residual)]
+        if self.last_token is not None:
+            lines.append(_row("last token", self.last_token))
         return "\n".join([*lines, _row("similarity", self.score)])
 
 
@@ -107,11 +111,13 @@ def explain_pair(
         )
     ]
     concepts = [ConceptPart(*values) for values in zip(*columns, strict=True)]
+    of_two = len(query.pooled_d) > sae.d_in
     return Explanation(
         Part(before.score, after.score),
         tuple(sorted(concepts, key=lambda part: -part.size)),
         Part(before.geometry, after.geometry),
         Part(before.residual, after.residual),
+        Part(before.last_token, after.last_token) if of_two else None,
     )
 
 
@@ -120,12 +126,12 @@ def pool_item(
 ) -> PooledItem:
     """One item's unpatched tokens and their codes, pooled as the readout pools."""
     tokens_td, mask_1t = tokens_td.float(), mask_t[None]
-    weights_1t = pooling_weights(mask_1t, pooling)
+    weights_1t = pooling_weights(mask_1t, patched_part(pooling))
     position_t = weights_1t[0].nonzero()[:, 0]
     codes = sae.codes(tokens_td[position_t])
     values_e = codes.values_e * weights_1t[0, position_t][codes.rows_e]
     return PooledItem(
-        pool(tokens_td[None], weights_1t)[0],
+        pool_parts(tokens_td[None], mask_1t, pooling)[0],
         pool(tokens_td[None], pooling_weights(mask_1t, "mean"))[0],
         torch.zeros(sae.n_concepts).index_add_(0, codes.concepts_e, values_e),
     )

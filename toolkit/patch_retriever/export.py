@@ -14,9 +14,10 @@ from sentence_transformers import SentenceTransformer
 
 from patch_retriever.backbones.adapter import FOLDER as ADAPTER
 from patch_retriever.backbones.adapter import Merged, copy_adapter
+from patch_retriever.backbones.cut import cut_at
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import with_readout
-from patch_retriever.backbones.readout import Readout
+from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.files import allow_reading, write_json, write_text
 from patch_retriever.golden import check_golden, write_golden
@@ -62,6 +63,10 @@ def export_patch(
             the export differs from the live model by more than 1e-5 (float32).
     """
     patch = replace(patch, about={**patch.about, "readout": readout.to_json()})
+    # no layer behind the readout is exported
+    transformer = cut_at(
+        transformer, readout.cut or (readout.site if readout.site != LAST else None)
+    )
     retriever = PatchedRetriever(with_readout(transformer, readout), patch)
     with_code = needs_code(patch, transformer) or adapter is not None
     if with_code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from patch_retriever.files import write_tensors
@@ -15,6 +16,9 @@ from patch_retriever.sae.model import SparseAutoencoder
 @dataclass(frozen=True)
 class Features:
     """Unnormalised pooled vectors, the concepts' codes pooled the same way, and kinds of items.
+
+    A readout of two parts pools (n, 2 d) vectors; codes are of the first part, and subtracting
+    concepts changes that one alone.
 
     `mean_nd` are the raw tokens' means whatever the readout's pooling: the gate looks at them.
     Since pooling is linear in the tokens, every patch that subtracts concepts can be evaluated
@@ -31,8 +35,10 @@ class Features:
     role_energy_cr: Tensor | None = None
 
     def reconstructed(self, sae: SparseAutoencoder) -> Tensor:
-        """Pooled vectors as the SAE rebuilds them, (n, d): what it misses is what they lack."""
-        return self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+        """Pooled vectors as the SAE rebuilds them: what it misses is what they lack. A second part,
+        which it does not see, stays as it is."""
+        rebuilt_nd = self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+        return torch.cat([rebuilt_nd, self.pooled_nd[:, sae.d_in :]], dim=1)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

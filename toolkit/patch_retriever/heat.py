@@ -11,8 +11,8 @@ import torch
 
 from patch_retriever.backbones.families import layers_path
 from patch_retriever.backbones.inputs import item_batches, preprocessed
-from patch_retriever.backbones.load import set_readout
-from patch_retriever.backbones.pooling import pooling_weights
+from patch_retriever.backbones.load import as_read
+from patch_retriever.backbones.pooling import patched_part, pooling_weights
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles, image_grids
 from patch_retriever.items import Item
@@ -99,14 +99,14 @@ def token_heat(
 
     Of the unpatched model, at the readout's site.
     """
-    set_readout(transformer, readout)
+    transformer = as_read(transformer, readout)
     roles_of = TokenRoles(transformer)
     found: dict[int, TokenHeat] = {}
     for numbers, features in item_batches(transformer, items, batch_size):
         with torch.no_grad():
             tokens_ntd = transformer(dict(features))["token_embeddings"].float()
         mask_nt = features["attention_mask"].bool()
-        weights_nt = pooling_weights(mask_nt, readout.pooling)
+        weights_nt = pooling_weights(mask_nt, patched_part(readout.pooling))
         roles_nt = roles_of(features)
         grids = image_grids(transformer.config, features)
         for row, number in enumerate(numbers):
@@ -137,6 +137,7 @@ def token_influence(
     last-token readout the concepts of an embedding fire on the last token and often nowhere else:
     this says which words and patches made them fire. Costs a forward pass for every token.
     """
+    transformer = as_read(transformer, readout)
     heats = token_heat(transformer, readout, sae, items, concepts, batch_size)
     first = transformer.model.get_submodule(f"{layers_path(transformer.model)}.0")
     found = []

@@ -12,14 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.families import layers_path, residual_norm
-from patch_retriever.backbones.readout import LAST, layer_number
+from patch_retriever.backbones.readout import BEFORE_MLP, LAST, layer_number
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from torch import Tensor, nn
-
-BEFORE_MLP = ".attention"
-"""How the site before a layer's MLP ends."""
 
 Edit = Callable[["Tensor"], "Tensor"]
 

@@ -155,7 +155,8 @@ class PatchedRetriever(SentenceTransformer):
                 f"this patch is felt by all layers after {', '.join(self.patch.layers)}, so that a "
                 "similarity is no sum of parts; explain a patch at the readout"
             )
-        sae, pooling = self.sae, cast("Pooling", self[1]).pooling_mode
+        sae, modes = self.sae, cast("Pooling", self[1]).pooling_mode
+        pooling = modes if isinstance(modes, str) else "+".join(modes)
         if pooling not in get_args(PoolingMode):
             raise UserError(
                 f"a similarity under {pooling} pooling is no sum of parts; use the mean"
@@ -204,7 +205,12 @@ class _Live:
         edits = {layer: at_layer(layer) for layer in self.patch.layers}
         found = probe.read(features, [site], {**edits, site: at_readout})
         out: dict[str, Any] = pooling({**features, "token_embeddings": found[site]})
-        x_nd = mean_nd = out["sentence_embedding"].float()
+        x_nd = mean_nd = out["sentence_embedding"].float().clone()
+        d = found[site].shape[2]
+        if self.patch.subtract is not None and x_nd.shape[1] > d:
+            # the second part of a readout of two is of raw tokens
+            unpatched = pooling({**features, "token_embeddings": raw["tokens_ntd"]})
+            x_nd[:, d:] = unpatched["sentence_embedding"][:, d:].float()
         if self._gate is not None:
             weights_nt = pooling_weights(features["attention_mask"], "mean")
             mean_nd = pool(raw["tokens_ntd"], weights_nt)

@@ -12,9 +12,16 @@ import torch
 
 from patch_retriever.activations.store import StoreWriter
 from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
+from patch_retriever.backbones.families import final_norm_path
 from patch_retriever.backbones.inputs import item_batches
-from patch_retriever.backbones.load import set_readout
-from patch_retriever.backbones.pooling import pool, pooling_weights
+from patch_retriever.backbones.load import as_read, set_readout
+from patch_retriever.backbones.pooling import (
+    parts_of,
+    patched_part,
+    pool,
+    pool_parts,
+    pooling_weights,
+)
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles
 from patch_retriever.errors import UserError
@@ -38,20 +45,29 @@ def collect_pooled(
     batch_size: int = 64,
     progress: Progress = no_progress,
 ) -> dict[Readout, Tensor]:
-    """Pooled vectors (n, d) under each of several readouts, one forward pass per prompt."""
+    """Pooled vectors (n, d), (n, 2 d) of two parts, under each of several readouts; one forward
+    pass of the whole decoder per prompt serves all its sites, cuts and poolings."""
     found: dict[Readout, Tensor] = {}
     by_inputs: dict[Readout, list[Readout]] = defaultdict(list)
     for readout in readouts:
-        by_inputs[replace(readout, site=LAST, pooling="mean")].append(readout)
+        inputs = replace(readout, site=LAST, cut=None, pooling="mean")
+        by_inputs[inputs].append(readout)
+    norm = transformer.model.get_submodule(final_norm_path(transformer.model))
     for inputs, group in by_inputs.items():
         set_readout(transformer, inputs)
         probe = Probe(transformer)
-        sites = sorted({readout.site for readout in group})
+        sites = sorted({readout.cut or readout.site for readout in group})
         for numbers, features in item_batches(transformer, items, batch_size, progress):
-            tokens = probe.read(features, sites)
+            stream = probe.read(features, sites)
+            tokens: dict[tuple[str, str | None], Tensor] = {}
             for readout in group:
-                weights_nt = pooling_weights(features["attention_mask"], readout.pooling)
-                pooled_nd = pool(tokens[readout.site], weights_nt)
+                at = (readout.site, readout.cut)
+                if at not in tokens:
+                    tokens[at] = stream[readout.cut or readout.site]
+                    if readout.cut is not None:
+                        with torch.no_grad():
+                            tokens[at] = norm(tokens[at])
+                pooled_nd = pool_parts(tokens[at], features["attention_mask"], readout.pooling)
                 if readout not in found:
                     found[readout] = torch.empty(len(items), pooled_nd.shape[1])
                 found[readout][numbers] = pooled_nd.cpu()
@@ -69,13 +85,18 @@ def collect_patched(
 ) -> Features:
     """Pooled vectors of `items` by the model that is patched at `layers`, without codes."""
     width = transformer.get_embedding_dimension()
-    pooled_nd, mean_nd = torch.empty(2, len(items), width).unbind()
+    pooled_nd, mean_nd = _empty(len(items), width, readout)
     batches = _read_batches(transformer, items, readout, batch_size, progress, layers)
     for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"]
-        pooled_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, readout.pooling)).cpu()
+        pooled_nd[numbers] = pool_parts(tokens_ntd, mask_nt, readout.pooling).cpu()
         mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
     return Features(pooled_nd, mean_nd, Codes.from_dense(torch.zeros(len(items), 0)), kinds_n)
+
+
+def _empty(n: int, d: int, readout: Readout) -> tuple[Tensor, Tensor]:
+    """Room for pooled vectors and for the means of raw tokens."""
+    return torch.empty(n, len(parts_of(readout.pooling)) * d), torch.empty(n, d)
 
 
 def _read_batches(
@@ -89,7 +110,7 @@ def _read_batches(
     """Item numbers, features and the tokens (n, t, d) at the readout's site, by batches; of the
     model that is patched at `layers`. Sets the inputs of the readout now: the probe reads its site,
     so that the model ends there and keeps no list of all layers."""
-    set_readout(transformer, replace(readout, site=LAST))
+    transformer = as_read(transformer, replace(readout, site=LAST))
     probe, site = Probe(transformer), readout.site
     edits = {layer: subtract.on_stream for layer, subtract in (layers or {}).items()}
     return (
@@ -129,7 +150,7 @@ def _token_batches(
     roles_of = TokenRoles(transformer)
     for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"].bool()
-        pooled_nt = pooling_weights(mask_nt, readout.pooling) > 0
+        pooled_nt = pooling_weights(mask_nt, patched_part(readout.pooling)) > 0
         roles_nt = roles_of(features)
         items_nt = torch.tensor(numbers)[:, None].expand(mask_nt.shape)
         mask_on_cpu_nt = mask_nt.cpu()
@@ -202,7 +223,8 @@ def collect_features(
     progress: Progress = no_progress,
     by_role: bool = False,
 ) -> Features:
-    """Pooled vectors and pooled codes of `items`, streamed: no token is kept.
+    """Pooled vectors and pooled codes of `items`, streamed: no token is kept. Codes are pooled like
+    the first part of a pooled vector of two.
 
     With `by_role` also each concept's energy on the tokens of each role, for which every token is
     encoded, not only those that the pooling reads.
@@ -210,12 +232,12 @@ def collect_features(
     batches = _read_batches(transformer, items, readout, batch_size, progress)
     roles_of = TokenRoles(transformer) if by_role else None
     role_energy = _RoleEnergy(sae.n_concepts)
-    pooled_nd, mean_nd = torch.empty(2, len(items), sae.d_in).unbind()
+    pooled_nd, mean_nd = _empty(len(items), sae.d_in, readout)
     codes: list[tuple[list[int], Codes]] = []
     for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"]
-        weights_nt = pooling_weights(mask_nt, readout.pooling)
-        pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
+        weights_nt = pooling_weights(mask_nt, patched_part(readout.pooling))
+        pooled_nd[numbers] = pool_parts(tokens_ntd, mask_nt, readout.pooling).cpu()
         mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
         roles_nt = None if roles_of is None else roles_of(features).long()
         encoded_nt = weights_nt > 0 if roles_nt is None else mask_nt.bool()

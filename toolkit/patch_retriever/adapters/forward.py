@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from patch_retriever.backbones.families import layers_path
-from patch_retriever.backbones.load import set_readout
+from patch_retriever.backbones.load import as_read
 from patch_retriever.backbones.placement import device_of
-from patch_retriever.backbones.pooling import pool, pooling_weights
+from patch_retriever.backbones.pooling import (
+    parts_of,
+    patched_part,
+    pool,
+    pool_parts,
+    pooling_weights,
+)
 from patch_retriever.backbones.readout import Readout, layer_number
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.operators import apply_composed, compose
@@ -52,12 +58,13 @@ class PatchedForward:
     ) -> None:
         """`energy_of` looks at tokens before the subtraction, at the readout's site or at the
         decoder layer `energy_at`. Sets the readout."""
-        set_readout(transformer, readout)
+        transformer = as_read(transformer, readout)
         self.transformer, self.patch = transformer, patch
         self._pooling = readout.pooling
         self._energy_of = energy_of
         self._energy_at = None if energy_at == readout.site else energy_at
-        device, width = device_of(transformer), transformer.get_embedding_dimension()
+        device = device_of(transformer)
+        width = len(parts_of(readout.pooling)) * transformer.get_embedding_dimension()
         maps = {role: compose(patch.maps, width, role) for role in (QUERY, DOCUMENT)}
         self._maps = {r: (w.to(device), b.to(device)) for r, (w, b) in maps.items()}
         self._gate = patch.gate.to(device) if patch.gate is not None and patch.gated else None
@@ -67,14 +74,17 @@ class PatchedForward:
         with self._layers_patched() as seen:
             out = self.transformer(dict(features))
         tokens_ntd, mask_nt = out["token_embeddings"], features["attention_mask"]
-        weights_nt = pooling_weights(mask_nt, self._pooling).to(tokens_ntd.device)
+        part = patched_part(self._pooling)
+        weights_nt = pooling_weights(mask_nt, part).to(tokens_ntd.device)
         mean_nd = pool(tokens_ntd.detach(), pooling_weights(mask_nt, "mean"))
         energy_ng = None
         if energies and self._energy_of is not None:
             energy_ng = self._pooled_energy(seen.get("energy", tokens_ntd), weights_nt)
+        raw_ntd = tokens_ntd
         if self.patch.subtract is not None:
             tokens_ntd = self.patch.subtract.to(tokens_ntd.device)(tokens_ntd.float())
-        return Pooled(pool(tokens_ntd, weights_nt), mean_nd, energy_ng)
+        x_nd = pool_parts(tokens_ntd, mask_nt, self._pooling, raw_ntd)
+        return Pooled(x_nd, mean_nd, energy_ng)
 
     def embed(self, pooled: Pooled, role: int) -> Tensor:
         """Unit embeddings (n, e) of pooled items as queries or documents."""

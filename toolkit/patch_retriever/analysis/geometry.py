@@ -67,11 +67,11 @@ def removal_table(build: Finished, progress: Progress) -> Exhibit:
     n = min(max(1, c.sae.n_concepts // 100), c.sae.d_in - 1)
     top_m = c.concepts.attribution.argsort(descending=True, stable=True)[:n]
     seeds = [c.seed * 1000 + draw for draw in range(DRAWS)]
-    top = [c.sae.W_dec_cd[top_m]]
+    top = [c.dictionary_cw[top_m]]
     random_directions = [
         torch.randn(n, c.sae.d_in, generator=torch.Generator().manual_seed(seed)) for seed in seeds
     ]
-    of_energy = [c.sae.W_dec_cd[like_in_energy(c.concepts.energy, seed)[top_m]] for seed in seeds]
+    of_energy = [c.dictionary_cw[like_in_energy(c.concepts.energy, seed)[top_m]] for seed in seeds]
     outcomes = {
         name: build.on_test([build.patch(fit.remove_subspace(v)) for v in directions])
         for name, directions in (

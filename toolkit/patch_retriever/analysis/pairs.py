@@ -140,7 +140,7 @@ def _mapped(style: Style, *maps: Affine) -> Patch:
 
 def _gains(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
     c = style.c
-    dictionary_cd = c.sae.W_dec_cd
+    dictionary_cd = c.dictionary_cw
     gains_c = learn_gains(
         style.centred_nd,
         style.centred_codes_nc,

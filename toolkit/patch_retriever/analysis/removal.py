@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from patch_retriever.analysis.concepts import log_steps
 from patch_retriever.analysis.exhibit import Exhibit, Row, line, mean_outcome
@@ -93,7 +94,9 @@ def removed_in_steps(
         new_c = torch.zeros(sae.n_concepts, dtype=torch.bool)
         new_c[ranking_m[before:n]] = True
         codes = features.codes.kept(new_c[features.codes.concepts_e])
-        x_nd, before = x_nd - codes.matmul(sae.W_dec_cd), n
+        removed_nd = codes.matmul(sae.W_dec_cd)
+        x_nd = x_nd - pad(removed_nd, (0, x_nd.shape[1] - sae.d_in))  # of two parts, the first
+        before = n
         yield replace(features, pooled_nd=x_nd)
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from patch_retriever.backbones.adapter import CONFIG, FOLDER, merge
 from patch_retriever.backbones.chat import take_chats
+from patch_retriever.backbones.cut import cut_at
 from patch_retriever.backbones.families import assumed, family_of, image_token_id
 from patch_retriever.backbones.image_backend import use_pillow
 from patch_retriever.backbones.pixel_budget import limit_pixels
 from patch_retriever.backbones.placement import DeviceMap, check_placed, device_of
+from patch_retriever.backbones.pooling import parts_of
 from patch_retriever.backbones.readout import LAST, Readout, layer_number
 from patch_retriever.backbones.strict import no_image_part, strict_loading
 from patch_retriever.backbones.token_limit import limit_tokens
@@ -229,7 +231,8 @@ def _quiet() -> Iterator[None]:
 
 
 def set_readout(transformer: Transformer, readout: Readout) -> None:
-    """Make `transformer` read items as `readout` says (its pooling aside).
+    """Make `transformer` read items as `readout` says, its pooling and the end of its decoder
+    (`cut_at`) aside.
 
     `last_hidden_state` is after the decoder's final norm, every `layers.N` before it.
 
@@ -256,6 +259,17 @@ def set_readout(transformer: Transformer, readout: Readout) -> None:
     }
 
 
+def as_read(transformer: Transformer, readout: Readout) -> Transformer:
+    """`transformer` with its decoder ended and its inputs set as `readout` says.
+
+    Raises:
+        UserError: the decoder cannot end there, or the readout's token limit cannot be kept.
+    """
+    transformer = cut_at(transformer, readout.cut)
+    set_readout(transformer, readout)
+    return transformer
+
+
 def readout_site(transformer: Transformer) -> str:
     """The site at which `transformer` reads items, as `set_readout` set it."""
     params = next(iter(transformer.modality_config.values()))
@@ -267,15 +281,19 @@ def readout_site(transformer: Transformer) -> str:
 
 
 def with_readout(transformer: Transformer, readout: Readout) -> SentenceTransformer:
-    """The backbone: `Transformer`, `Pooling` and `Normalize` with `readout` set."""
+    """The backbone: `Transformer`, `Pooling` and `Normalize` with `readout` set.
+
+    Raises:
+        UserError: the decoder cannot end where the readout says.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    set_readout(transformer, readout)
+    transformer = as_read(transformer, readout)
     width = transformer.get_embedding_dimension()
     return SentenceTransformer(
-        modules=[transformer, Pooling(width, readout.pooling), Normalize()],
+        modules=[transformer, Pooling(width, parts_of(readout.pooling)), Normalize()],
         device=str(device_of(transformer)),
         prompts=readout.prompts,
     )

@@ -1,6 +1,7 @@
 """Readouts: how a backbone turns an item into a vector before any patch.
 
-A readout is a prompt, a generation prompt or none, a site, a pooling and perhaps a token limit. The
+A readout is a prompt, a generation prompt or none, where the decoder ends, a site, a pooling and
+perhaps a token limit. The
 prompt is written into the processor's chat template, after the item in the user's turn, so that an
 exported model reads items the same way with plain sentence-transformers. Its `prompt=` and
 `prompt_name=` become a system message, which reads much worse: the template writes it after the
@@ -15,9 +16,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-PoolingMode = Literal["mean", "lasttoken"]
+PoolingMode = Literal["mean", "lasttoken", "mean+lasttoken"]
+"""`mean+lasttoken` puts both beside each other in one vector, twice as wide."""
 POOLINGS: tuple[PoolingMode, ...] = get_args(PoolingMode)
+_POOLING_NAMES = {
+    "mean": "mean",
+    "lasttoken": "last token",
+    "mean+lasttoken": "mean and last token",
+}
 LAST = "last_hidden_state"
+BEFORE_MLP = ".attention"
+"""How the site before a layer's MLP ends."""
 
 
 def layer_number(site: str) -> int:
@@ -192,20 +201,26 @@ PAPER_PROMPTS = {
 
 @dataclass(frozen=True)
 class Readout:
-    """Prompt, site, pooling and token limit. `site` is `last_hidden_state` or `layers.N`."""
+    """Prompt, site, pooling, token limit and end of the decoder. `site` is `last_hidden_state` or
+    `layers.N`."""
 
     prompt: Prompt
     site: str = LAST
     pooling: PoolingMode = "mean"
     max_tokens: int | None = None
     """The longest input in tokens; None for the model's own limit."""
+    cut: str | None = None
+    """Where the decoder ends: after a layer (`layers.N`), or before that layer's MLP
+    (`layers.N.attention`; FreeRet, arXiv 2509.24621, leaves the last one out). The final norm
+    follows. None for the whole decoder."""
 
     @property
     def name(self) -> str:
         """For tables: prompt, pooling and site."""
-        pooling = "mean" if self.pooling == "mean" else "last token"
         site = "last layer" if self.site == LAST else self.site
-        return f"{self.prompt.name} prompt, {pooling} of {site}"
+        if self.cut is not None and self.site == LAST:
+            site = f"the decoder cut at {self.cut}"
+        return f"{self.prompt.name} prompt, {_POOLING_NAMES[self.pooling]} of {site}"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -232,17 +247,21 @@ def readout_grid(
     poolings: Sequence[PoolingMode] = POOLINGS,
     max_tokens: int | None = None,
     after: str | None = None,
+    skip_mlp: bool = True,
 ) -> Iterator[Readout]:
     """The readouts that `build` tries on validation: those after a site (`layers.N`), if one is
     patched.
 
-    Every prompt with every pooling, at the last layer, the one before and the middle one. One
-    forward pass per prompt serves them all.
+    Every prompt with every pooling of the whole decoder, of the decoder without its last MLP (if
+    `skip_mlp`: not all families can), without its last layer, and of its first half. One forward
+    pass per prompt serves them all.
     """
     patched = -1 if after is None else layer_number(after)
     numbers = sorted({n_layers - 2, n_layers // 2 - 1})
-    sites = [LAST, *(f"layers.{i}" for i in numbers if i > patched)]
+    cuts: list[str | None] = [None, *(f"layers.{i}" for i in numbers if i > patched)]
+    if skip_mlp and n_layers - 1 > patched:
+        cuts.append(f"layers.{n_layers - 1}{BEFORE_MLP}")
     for prompt in prompts:
-        for site in sites:
+        for cut in cuts:
             for pooling in poolings:
-                yield Readout(prompt, site, pooling, max_tokens)
+                yield Readout(prompt, LAST, pooling, max_tokens, cut)

@@ -38,17 +38,21 @@ TEXT, IMAGE, BOTH = (KINDS.index(kind) for kind in ("text", "image", "both"))
 
 def codes_of(features: Features, sae: SparseAutoencoder, which: CodesOf) -> Codes:
     """Token-level codes pooled like the embedding, or the codes of the pooled vectors."""
-    return features.codes if which == "tokens" else sae.codes(features.pooled_nd)
+    if which == "tokens":
+        return features.codes
+    return sae.codes(features.pooled_nd[:, : sae.d_in].contiguous())
 
 
 def unexplained(features: Features, codes: Codes, sae: SparseAutoencoder) -> dict[str, float]:
     """Fraction of the pooled vectors' variance that `codes` leave unexplained, over all items and
-    over those of each kind (0 perfect, 1 no better than the mean)."""
+    over those of each kind (0 perfect, 1 no better than the mean); of vectors of two parts, in the
+    first."""
+    pooled_nd = features.pooled_nd[:, : sae.d_in]
     rebuilt_nd = codes.matmul(sae.W_dec_cd) + sae.b_dec_d
-    found = {"all": fvu(features.pooled_nd, rebuilt_nd)}
+    found = {"all": fvu(pooled_nd, rebuilt_nd)}
     for number, kind in enumerate(KINDS):
         rows_m = torch.eq(features.kinds_n, number).nonzero()[:, 0]
-        x_md = features.pooled_nd[rows_m]
+        x_md = pooled_nd[rows_m]
         if len(rows_m) and (x_md != x_md[0]).any():
             found[kind] = fvu(x_md, rebuilt_nd[rows_m])
     return found

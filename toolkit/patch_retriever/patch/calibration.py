@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -82,13 +82,14 @@ class Calibration:
     @cached_property
     def pairs_to_images(self) -> dict[int, Tensor]:
         """(item, image item) pairs by the kind of the first: texts (0) and both (2)."""
-        found: dict[int, list[Tensor]] = {0: [], 2: []}
-        for pairs_n2 in self.pairs.values():
-            for pair in (pairs_n2, pairs_n2.flip(1)):
-                kinds = self.kinds_n[pair]
-                for kind in found:
-                    found[kind].append(pair[(kinds[:, 0] == kind) & (kinds[:, 1] == 1)])
-        return {k: torch.cat(v) for k, v in found.items() if sum(map(len, v)) > 1}
+        return pairs_to_images(self.pairs.values(), self.kinds_n)
+
+    @cached_property
+    def dictionary_cw(self) -> Tensor:
+        """The SAE's dictionary in the space of pooled vectors: concepts are nothing in the second
+        part of a readout of two."""
+        width = self.features.pooled_nd.shape[1]
+        return torch.nn.functional.pad(self.sae.W_dec_cd, (0, width - self.sae.d_in))
 
     @cached_property
     def centred_nd(self) -> Tensor:
@@ -107,13 +108,21 @@ class Calibration:
         if subtract is not None:
             x_nd = subtract.on_pooled(x_nd, self.features.codes)
         for step in maps:
-            out_nd = torch.empty(len(x_nd), step.bias_ge.shape[1])
-            for kind in range(3):
-                rows, g = self.kinds_n == kind, step.group(1, kind)
-                out_nd[rows] = x_nd[rows] @ step.weight_gde[g] + step.bias_ge[g]
-            x_nd = out_nd
+            x_nd = step.by_kind(x_nd, self.kinds_n)
         return x_nd
 
     def _kind_means(self, x_nd: Tensor) -> Tensor:
         means_kd = torch.stack([x_nd[rows].mean(0) for rows in self.groups("modality")])
         return means_kd[self.kinds_n.long()]
+
+
+def pairs_to_images(pairs: Iterable[Tensor], kinds_n: Tensor) -> dict[int, Tensor]:
+    """(item, image item) numbers (n, 2) of all `pairs` (n, 2) that have an image alone on one side,
+    by the kind of the other: texts (0) and both (2)."""
+    found: dict[int, list[Tensor]] = {0: [], 2: []}
+    for pairs_n2 in pairs:
+        for pair in (pairs_n2, pairs_n2.flip(1)):
+            kinds = kinds_n[pair]
+            for kind in found:
+                found[kind].append(pair[(kinds[:, 0] == kind) & (kinds[:, 1] == 1)])
+    return {k: torch.cat(v) for k, v in found.items() if sum(map(len, v)) > 1}

@@ -8,6 +8,9 @@ is linear up to the length l of x W + b, so that e is a sum of
 - the geometry, (b_dec W + b) / l: what every item of the group has in common, and
 - the residual's, residual W / l.
 
+A readout of two parts puts the last token's raw vector beside p. No concept is taken out of that
+one, and it adds a vector of its own to the sum.
+
 A similarity is bilinear: a part's contribution is half of <its vector on one side, the other
 side's embedding>, plus the same with the sides exchanged. The parts sum to the similarity exactly.
 The paper's attribution (arXiv 2512.19115, Eq. 6-7) is twice this on unpatched, unnormalised
@@ -28,8 +31,8 @@ from patch_retriever.sae.model import SparseAutoencoder
 
 @dataclass(frozen=True)
 class PooledItem:
-    """One item before any patch: its pooled vector (d,), its raw tokens' mean (d,), which the gate
-    asks, and its pooled codes (c,)."""
+    """One item before any patch: its pooled vector (d,), or (2 d,) of two parts, the mean (d,) of
+    its raw tokens, which the gate asks, and its pooled codes (c,)."""
 
     pooled_d: Tensor
     mean_d: Tensor
@@ -38,12 +41,14 @@ class PooledItem:
 
 @dataclass(frozen=True)
 class Contributions:
-    """The parts of one similarity: `concepts_m`, `geometry` and `residual` sum to `score`."""
+    """The parts of one similarity: `concepts_m`, `geometry`, `residual` and `last_token` (0 for a
+    readout of one part) sum to `score`."""
 
     score: float
     concepts_m: Tensor
     geometry: float
     residual: float
+    last_token: float
 
 
 def contributions(
@@ -66,16 +71,18 @@ def contributions(
         for role, item in ((QUERY, query), (DOCUMENT, document))
     ]
     concepts_m = torch.zeros(len(numbers_m), dtype=torch.float64)
-    geometry = residual = 0.0
+    geometry = residual = last_token = 0.0
+    d = sae.d_in
     for side, other in (sides, sides[::-1]):
         # <v W / l, e> = <v, W e / l>: no part's own vector is ever made
-        seen_d = side.weight_de @ other.embedding_e / side.length
+        seen_d, seen_last_d = (side.weight_de @ other.embedding_e / side.length).tensor_split([d])
         concepts_m += side.kept_codes_m * (rows_md @ seen_d) / 2
         shift = side.bias_e @ other.embedding_e / side.length
         geometry += float(b_dec_d @ seen_d + shift) / 2
         residual += float(side.residual_d @ seen_d) / 2
+        last_token += float(side.last_token_d @ seen_last_d) / 2
     score = float(sides[0].embedding_e @ sides[1].embedding_e)
-    return Contributions(score, concepts_m, geometry, residual)
+    return Contributions(score, concepts_m, geometry, residual, last_token)
 
 
 def strengths(patch: Patch, n_concepts: int) -> Tensor:
@@ -94,6 +101,7 @@ class _Side:
     bias_e: Tensor
     kept_codes_m: Tensor
     residual_d: Tensor
+    last_token_d: Tensor
     embedding_e: Tensor
     length: Tensor
 
@@ -108,20 +116,23 @@ class _Side:
         rows_md: Tensor,
         b_dec_d: Tensor,
     ) -> _Side:
-        weight_de, bias_e = _map_of(patch, item.mean_d, role)
-        residual_d = item.pooled_d.double() - (codes_m @ rows_md + b_dec_d)
-        x_d = (codes_m * kept_m) @ rows_md + b_dec_d + residual_d
+        weight_de, bias_e = _map_of(patch, item, role)
+        pooled_d, last_token_d = item.pooled_d.double().tensor_split([len(b_dec_d)])
+        residual_d = pooled_d - (codes_m @ rows_md + b_dec_d)
+        x_d = torch.cat([(codes_m * kept_m) @ rows_md + b_dec_d + residual_d, last_token_d])
         out_e = x_d @ weight_de + bias_e
         length = torch.linalg.vector_norm(out_e).clamp(min=1e-12)  # as F.normalize
-        return cls(weight_de, bias_e, codes_m * kept_m, residual_d, out_e / length, length)
+        kept_codes_m = codes_m * kept_m
+        unit_e = out_e / length
+        return cls(weight_de, bias_e, kept_codes_m, residual_d, last_token_d, unit_e, length)
 
 
-def _map_of(patch: Patch, mean_d: Tensor, role: int) -> tuple[Tensor, Tensor]:
-    """The one affine map that an item with such raw tokens goes through, as `apply_maps` has it."""
-    weight_kde, bias_ke = compose(patch.maps, len(mean_d), role)
+def _map_of(patch: Patch, item: PooledItem, role: int) -> tuple[Tensor, Tensor]:
+    """The one affine map that an item goes through, as `apply_maps` has it."""
+    weight_kde, bias_ke = compose(patch.maps, len(item.pooled_d), role)
     if patch.gate is None:
         return weight_kde[0].double(), bias_ke[0].double()
-    image, both = patch.gate.switches(mean_d[None])[0]
+    image, both = patch.gate.switches(item.mean_d[None])[0]
     share_k = torch.stack([1 - image, image - both, both])  # the telescope, by kind
     return (
         torch.einsum("k,kde->de", share_k, weight_kde).double(),

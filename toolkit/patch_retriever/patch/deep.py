@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from patch_retriever.backbones.families import casts_pictures, layers_path
-from patch_retriever.backbones.readout import layer_number
+from patch_retriever.backbones.readout import PoolingMode, layer_number
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.export import Layout
 from patch_retriever.patch.operators import Gate, Subtract, compose
@@ -34,20 +34,21 @@ def needs_code(patch: Patch, transformer: Transformer) -> bool:
     return bool(patch.layers) or casts_pictures(transformer.model)
 
 
-def patched_modules(transformer: Transformer, patch: Patch, pooling: str) -> list[nn.Module]:
+def patched_modules(
+    transformer: Transformer, patch: Patch, pooling: PoolingMode
+) -> list[nn.Module]:
     """The whole model, around the model and processor of `transformer`, which stays as it is."""
     from sentence_transformers.base.modules import Normalize
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     d = transformer.get_embedding_dimension()
     layout = Layout.of(patch, d, pooling)
-    keep_raw = patch.subtract is not None and patch.gated
     modules: list[nn.Module] = [
-        _patched(transformer, patch, keep_raw),
-        Pooling(2 * d if keep_raw else d, layout.pooling),
+        _patched(transformer, patch, layout.raw_beside),
+        Pooling(layout.width // len(layout.pooling), layout.pooling),
     ]
-    if patch.maps:
-        modules.append(_maps(patch, d, layout))
+    if patch.maps or not layout.plain:
+        modules.append(_maps(patch, layout))
     return [*modules, Normalize()]
 
 
@@ -69,17 +70,18 @@ def _patched(transformer: Transformer, patch: Patch, keep_raw: bool) -> PatchedT
     return made
 
 
-def _maps(patch: Patch, d: int, layout: Layout) -> PatchedMaps:
+def _maps(patch: Patch, layout: Layout) -> PatchedMaps:
     from patch_retriever.patch.patched_transformer import PatchedMaps
 
     roles = (QUERY, DOCUMENT) if any(step.by == "role" for step in patch.maps) else (DOCUMENT,)
-    composed = [compose(patch.maps, d, role) for role in roles]
+    width = len(layout.value_at) * layout.d
+    composed = [compose(patch.maps, width, role) for role in roles]
     kinds = 3 if patch.gated else 1
-    gate = patch.gate or Gate(torch.zeros(2, d), torch.zeros(2), 0.0)
+    gate = patch.gate or Gate(torch.zeros(2, layout.d), torch.zeros(2), 0.0)
     tensors = {
         "weight_rkde": torch.stack([weight_kde[:kinds] for weight_kde, _ in composed]),
         "bias_rke": torch.stack([bias_ke[:kinds] for _, bias_ke in composed]),
         "direction_2d": gate.direction_2d,
         "offset_2": gate.offset_2,
     }
-    return PatchedMaps(layout.value_at, layout.gate_at, tensors)
+    return PatchedMaps(list(layout.value_at), layout.gate_at, tensors)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from patch_retriever.backbones.pooling import parts_of
+from patch_retriever.backbones.readout import PoolingMode
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.operators import Gate, Subtract, compose
 
@@ -61,61 +63,86 @@ def token_modules(subtract: Subtract, keep_raw: bool) -> list[Dense]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in a pooled vector of `width` the patched vector and what the gate sees begin."""
+    """Where in what `Pooling` gives the readout's parts and what the gate sees lie.
 
+    `width` is all of it, `value_at` the places of the readout's parts of `d` entries each, in
+    their order, and `gate_at` that of the raw tokens' mean. `raw_beside` says that tokens are
+    [patched; raw], twice as wide.
+    """
+
+    d: int
     width: int
-    value_at: int
+    value_at: tuple[int, ...]
     gate_at: int
-    pooling: str | tuple[str, ...]
+    pooling: tuple[str, ...]
+    raw_beside: bool
 
     @classmethod
-    def of(cls, patch: Patch, d: int, pooling: str) -> Layout:
-        """Tokens are [patched; raw] where a gate has to see raw ones; a last-token readout with a
-        gate pools the mean beside the last token (`Pooling` puts it first)."""
-        raw_at = d if patch.subtract is not None and patch.gated else 0
-        tokens = d + raw_at
-        if patch.gated and pooling == "lasttoken":
-            return cls(2 * tokens, tokens, raw_at, ("mean", "lasttoken"))
-        return cls(tokens, 0, raw_at, pooling)
+    def of(cls, patch: Patch, d: int, pooling: PoolingMode) -> Layout:
+        """A gate has to see raw tokens, and so has the second part of a readout of two. A
+        last-token readout with a gate pools the mean beside the last token (`Pooling` puts it
+        first)."""
+        parts = parts_of(pooling)
+        raw_beside = patch.subtract is not None and (patch.gated or len(parts) > 1)
+        tokens = 2 * d if raw_beside else d
+        raw_at = d if raw_beside else 0
+        pooled = ("mean", "lasttoken") if patch.gated and parts == ("lasttoken",) else parts
+        at = {mode: place * tokens for place, mode in enumerate(pooled)}
+        first, *others = parts
+        value_at = (at[first], *(at[part] + raw_at for part in others))
+        return cls(
+            d, len(pooled) * tokens, value_at, at.get("mean", 0) + raw_at, pooled, raw_beside
+        )
 
-    def place(self, weight_ed: Tensor, at: int) -> Tensor:
-        """A weight on the d entries from `at`, as a weight on the whole pooled vector."""
-        return nn.functional.pad(weight_ed, (at, self.width - at - weight_ed.shape[1]))
+    @property
+    def plain(self) -> bool:
+        """Whether what `Pooling` gives is the readout's vector and nothing else."""
+        return self.width == len(self.value_at) * self.d
+
+    def place(self, weight_ew: Tensor, *at: int) -> Tensor:
+        """A weight on d entries from each of the places `at`, as a weight on the whole vector."""
+        placed_ew = weight_ew.new_zeros(len(weight_ew), self.width)
+        for part_ed, start in zip(weight_ew.split(self.d, dim=1), at, strict=True):
+            placed_ew[:, start : start + self.d] = part_ed
+        return placed_ew
 
 
-def pooled_value(patch: Patch, d: int, pooling: str) -> int:
-    """Where in the pooled vector of an exported patch the d entries of the readout begin."""
+def pooled_value(patch: Patch, d: int, pooling: PoolingMode) -> tuple[int, ...]:
+    """Where in the pooled vector of an exported patch the readout's parts of d entries begin."""
     return Layout.of(patch, d, pooling).value_at
 
 
-def pooled_modules(patch: Patch, d: int, role: int, layout: Layout) -> list[Dense]:
+def pooled_modules(patch: Patch, role: int, layout: Layout) -> list[Dense]:
     """`Dense` modules on `sentence_embedding`: the patch's maps for one role."""
-    weight_kde, bias_ke = compose(patch.maps, d, role)
+    weight_kde, bias_ke = compose(patch.maps, len(layout.value_at) * layout.d, role)
     same = all(
         torch.equal(weight_kde[k], weight_kde[0]) and torch.equal(bias_ke[k], bias_ke[0])
         for k in (1, 2)
     )
     if patch.gate is None or same:
-        weight_ed = layout.place(weight_kde[0].T, layout.value_at)
+        weight_ed = layout.place(weight_kde[0].T, *layout.value_at)
         return [_dense(weight_ed, bias_ke[0], nn.Identity(), _POOLED)]
     return _switched(weight_kde, bias_ke, patch.gate, layout)
 
 
 def _switched(weight_kde: Tensor, bias_ke: Tensor, gate: Gate, layout: Layout) -> list[Dense]:
     """text map + [image] (image - text) + [both] (both - image), as two `Dense` modules."""
-    _, d, e = weight_kde.shape
+    e = weight_kde.shape[2]
     steps_ed = torch.cat(
         [weight_kde[0].T, *((weight_kde[k + 1] - weight_kde[k]).T for k in (0, 1))]
     )
     steps_bias = torch.cat([bias_ke[0], *(bias_ke[k + 1] - bias_ke[k] for k in (0, 1))])
     switch_ed = torch.cat(
-        [torch.zeros(e, d), *((_STEEP * gate.direction_2d[k]).expand(e, d) for k in (0, 1))]
+        [
+            torch.zeros(e, layout.d),
+            *((_STEEP * gate.direction_2d[k]).expand(e, layout.d) for k in (0, 1)),
+        ]
     )
     switch_bias = torch.cat(
         [torch.full((e,), _OPEN), *((_STEEP * gate.offset_2[k]).expand(e) for k in (0, 1))]
     )
     weight = torch.cat(
-        [layout.place(steps_ed, layout.value_at), layout.place(switch_ed, layout.gate_at)]
+        [layout.place(steps_ed, *layout.value_at), layout.place(switch_ed, layout.gate_at)]
     )
     first = _dense(weight, torch.cat([steps_bias, switch_bias]), nn.GLU(), _POOLED)
     return [first, _dense(torch.eye(e).repeat(1, 3), None, nn.Identity(), _POOLED)]
@@ -139,25 +166,23 @@ def _dense(weight_ed: Tensor, bias_e: Tensor | None, activation: nn.Module, feat
     )
 
 
-def export_modules(patch: Patch, d: int, pooling: str) -> list[nn.Module]:
+def export_modules(patch: Patch, d: int, pooling: PoolingMode) -> list[nn.Module]:
     """Everything after the `Transformer`: token modules, `Pooling`, maps, `Normalize`."""
     from sentence_transformers.base.modules import Module, Normalize, Router
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     modules: list[nn.Module] = []
     layout = Layout.of(patch, d, pooling)
-    width = d
     if patch.subtract is not None:
-        modules += token_modules(patch.subtract, keep_raw=patch.gated)
-        width = 2 * d if patch.gated else d
-    modules.append(Pooling(width, layout.pooling))
+        modules += token_modules(patch.subtract, keep_raw=layout.raw_beside)
+    modules.append(Pooling(layout.width // len(layout.pooling), layout.pooling))
     if any(step.by == "role" for step in patch.maps):
         branches: dict[str, list[Module]] = {
-            "query": [*pooled_modules(patch, d, QUERY, layout)],
-            "document": [*pooled_modules(patch, d, DOCUMENT, layout)],
+            "query": [*pooled_modules(patch, QUERY, layout)],
+            "document": [*pooled_modules(patch, DOCUMENT, layout)],
         }
         modules.append(Router(branches, default_route="document"))
-    elif patch.maps:
-        modules += pooled_modules(patch, d, DOCUMENT, layout)
+    elif patch.maps or not layout.plain:
+        modules += pooled_modules(patch, DOCUMENT, layout)
     modules.append(Normalize())
     return modules

@@ -84,11 +84,13 @@ class Subtract:
         """What pooling the patched tokens would give, from pooled vectors and pooled codes.
 
         Exact for linear poolings (mean, last token): pool(h - sum a z d) = pool(h) - sum a
-        pool(z) d.
+        pool(z) d. Of vectors of two parts the second, of raw tokens, stays as it is.
         """
-        dictionary_cd = torch.zeros(codes.n_concepts, pooled_nd.shape[1])
+        d = self.W_dec_md.shape[1]
+        dictionary_cd = torch.zeros(codes.n_concepts, d)
         dictionary_cd[self.concepts_m] = self.W_dec_md * self.strength_m[:, None]
-        return pooled_nd - codes.matmul(dictionary_cd)
+        patched_nd = pooled_nd[:, :d] - codes.matmul(dictionary_cd)
+        return torch.cat([patched_nd, pooled_nd[:, d:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,14 @@ class Affine:
             self.weight_gde
         ):
             raise ValueError(f"{self.name}: {len(self.weight_gde)} groups, by {self.by}")
+
+    def by_kind(self, x_nd: Tensor, kinds_n: Tensor, role: int = 1) -> Tensor:
+        """The map of items whose kinds (numbers in `KINDS`) are known, without a gate."""
+        out_ne = x_nd.new_empty(len(x_nd), self.bias_ge.shape[1])
+        for kind in range(len(KINDS)):
+            rows, g = kinds_n == kind, self.group(role, kind)
+            out_ne[rows] = x_nd[rows] @ self.weight_gde[g] + self.bias_ge[g]
+        return out_ne
 
     def group(self, role: int, kind: int) -> int:
         """The group of a query (role 0) or document (1) of a kind (its number in `KINDS`)."""

@@ -188,17 +188,19 @@ class PatchedMaps(_InFloat32, Module):
     """The patch's affine maps on pooled vectors, in float32: one for each role (queries and
     documents, or both alike) and kind (text, image, both, or all alike).
 
-    The pooled vector holds the readout's d entries from `value_at`, and from `gate_at` the raw
-    tokens' mean, which tells the kinds apart by the two hyperplanes of a gate.
+    The pooled vector holds the readout's parts of d entries from each place in `value_at` (a number
+    for a single one, in older folders), and from `gate_at` the raw tokens' mean, which tells the
+    kinds apart by the two hyperplanes of a gate.
     """
 
     config_keys: list[str] = ["value_at", "gate_at"]  # noqa: RUF012
     forward_kwargs: set[str] = {"patch", "task"}  # noqa: RUF012
     TENSORS = ("weight_rkde", "bias_rke", "direction_2d", "offset_2")
 
-    def __init__(self, value_at: int, gate_at: int, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, value_at: list[int] | int, gate_at: int, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.value_at, self.gate_at = value_at, gate_at
+        self.value_at = [value_at] if isinstance(value_at, int) else list(value_at)
+        self.gate_at = gate_at
         for name in self.TENSORS:
             self.register_buffer(name, tensors[name].float())
 
@@ -207,8 +209,8 @@ class PatchedMaps(_InFloat32, Module):
     ) -> dict[str, Any]:
         """Replaces `sentence_embedding`; everything that is no query is a document."""
         pooled_nw = features["sentence_embedding"].float()
-        d = self.weight_rkde.shape[2]
-        x_nd = pooled_nw[:, self.value_at : self.value_at + d]
+        d = self.direction_2d.shape[1]
+        x_nd = torch.cat([pooled_nw[:, at : at + d] for at in self.value_at], dim=1)
         if patch:
             role = 0 if task == "query" else len(self.weight_rkde) - 1
             weight_kde, bias_ke = self.weight_rkde[role], self.bias_rke[role]

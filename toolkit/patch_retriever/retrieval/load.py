@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from patch_retriever.ahead import WORKERS
@@ -113,15 +114,17 @@ def _load_base(name: str, device: str, workers: int, trust_remote_code: bool) ->
 
 
 class _Take(nn.Module):
-    """Keeps some entries of a pooled vector: those that a readout without a patch gives."""
+    """Keeps the parts of a pooled vector that a readout without a patch gives: `width` entries from
+    each of the places `at`."""
 
-    def __init__(self, at: int, width: int) -> None:
+    def __init__(self, at: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.at, self.width = at, width
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        taken = features["sentence_embedding"][:, self.at : self.at + self.width]
+        pooled = features["sentence_embedding"]
+        taken = torch.cat([pooled[:, at : at + self.width] for at in self.at], dim=1)
         return {**features, "sentence_embedding": taken}
 
-    def get_config_dict(self) -> dict[str, int]:
-        return {"at": self.at, "width": self.width}
+    def get_config_dict(self) -> dict[str, Any]:
+        return {"at": list(self.at), "width": self.width}

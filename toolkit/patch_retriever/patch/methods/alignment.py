@@ -11,6 +11,8 @@ from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.operators import Affine, Subtract
 
 _PENALTIES = (0.01, 0.1, 1.0)
+MAX_CANONICAL = 128
+"""Canonical dimensions that CCA keeps at the most."""
 
 
 def rows(c: Calibration) -> Iterator[Method]:
@@ -37,7 +39,7 @@ def procrustes(c: Calibration, *before: Affine, subtract: Subtract | None = None
 
 
 def cca(c: Calibration, shrinkage: float, subtract: Subtract | None = None) -> Affine:
-    """CCA of what `subtract` leaves, in at most 128 dimensions."""
+    """CCA of what `subtract` leaves."""
     x_nd = c.vectors_after((), subtract)
-    r = min(x_nd.shape[1], 128)
+    r = min(x_nd.shape[1], MAX_CANONICAL)
     return fit.cca(x_nd, c.kinds_n, c.pairs_to_images, shrinkage, r)

@@ -47,7 +47,7 @@ def strengths_from_gains(c: Calibration, pairs: str, sparsity: float) -> Tensor:
         gains_c = learn_gains(
             c.centred_nd,
             c.centred_codes_nc,
-            c.sae.W_dec_cd,
+            c.dictionary_cw,
             _pairs(c, pairs),
             GainSettings(sparsity=sparsity),
             c.seed,

@@ -43,7 +43,7 @@ def _attribution_subspace(c: Calibration, n: int, r: int) -> list[Patch]:
     chosen_c = top_concepts(c, c.concepts.attribution, n) > 0
     if not bool(chosen_c.any()):
         return []
-    return one_patch(c, fit.remove_subspace(c.sae.W_dec_cd[chosen_c], r))
+    return one_patch(c, fit.remove_subspace(c.dictionary_cw[chosen_c], r))
 
 
 def _random_subspaces(c: Calibration, r: int) -> list[Patch]:
