@@ -20,6 +20,7 @@ READOUTS = (
     Readout(PAPER),
     Readout(ONE_WORD, LAST, "lasttoken"),
     Readout(PAPER, "layers.1", "mean"),
+    Readout(ONE_WORD, LAST, "mean+lasttoken", cut="layers.0.attention"),
 )
 PATCHES = ("nothing", "subtract", "by all", "by role", "by modality", "everything")
 
@@ -62,10 +63,10 @@ def make_sae(spread, width=WIDTH, seed=0):
     )
 
 
-def make_map(by, spread, seed):
+def make_map(by, spread, seed, width=WIDTH):
     g = len(GROUPS[by])
-    weight_gde = torch.eye(WIDTH) + 0.5 * normal(g, WIDTH, WIDTH, seed=seed) / WIDTH**0.5
-    return Affine(f"map {by}", by, weight_gde, 0.1 * spread * normal(g, WIDTH, seed=seed + 10))
+    weight_gde = torch.eye(width) + 0.5 * normal(g, width, width, seed=seed) / width**0.5
+    return Affine(f"map {by}", by, weight_gde, 0.1 * spread * normal(g, width, seed=seed + 10))
 
 
 def make_patches(model_folder, readout, items=ITEMS):
@@ -81,7 +82,8 @@ def make_patches(model_folder, readout, items=ITEMS):
     subtract = Subtract.from_sae(sae, normal(C, seed=2).clamp(0, 1))
     groups = [(kind == kinds_n).nonzero()[:, 0] for kind in range(3)]
     centring = fit.centre(features.pooled_nd, groups, "modality")
-    role, every = make_map("role", spread, 3), make_map("all", spread, 4)
+    width = features.pooled_nd.shape[1]
+    role, every = make_map("role", spread, 3, width), make_map("all", spread, 4, width)
     about = {"readout": readout.to_json()}
     patches = {
         "nothing": Patch(readout.site, about=about),

@@ -17,7 +17,7 @@ from patch_retriever.sae.model import SparseAutoencoder
 N, T, D, C = 18, 7, 8, 30
 KINDS_N = torch.arange(N) % 3
 ROLES = {"query": QUERY, "document": DOCUMENT}
-POOLINGS = ("mean", "lasttoken")
+POOLINGS = ("mean", "lasttoken", "mean+lasttoken")
 
 
 def normal(*shape, seed=0):
@@ -51,7 +51,8 @@ def pooled(tokens_ntx, pooling):
     """Pooling written out item by item."""
     rows = []
     for token_tx, mask_t in zip(tokens_ntx, MASK_NT.bool(), strict=True):
-        rows.append(token_tx[mask_t].mean(0) if pooling == "mean" else token_tx[mask_t][-1])
+        parts = {"mean": token_tx[mask_t].mean(0), "lasttoken": token_tx[mask_t][-1]}
+        rows.append(torch.cat([parts[part] for part in pooling.split("+")]))
     return torch.stack(rows)
 
 
@@ -69,9 +70,9 @@ TOKENS_NTD = make_tokens()
 GATE = fit_gate(pooled(TOKENS_NTD, "mean"), KINDS_N)
 
 
-def make_map(by, seed, e=D):
+def make_map(by, seed, e=D, d=D):
     g = len(GROUPS[by])
-    weight_gde = normal(g, D, e, seed=seed) / D**0.5
+    weight_gde = normal(g, d, e, seed=seed) / d**0.5
     return Affine(f"map {by}", by, weight_gde, normal(g, e, seed=seed + 50))
 
 
@@ -87,7 +88,7 @@ MAPS = {
 
 def make_features(sae, tokens_ntd, pooling):
     codes_ntc = torch.stack([sae.encode(token_td) for token_td in tokens_ntd])
-    codes = Codes.from_dense(pooled(codes_ntc, pooling))
+    codes = Codes.from_dense(pooled(codes_ntc, pooling.partition("+")[0]))
     return Features(pooled(tokens_ntd, pooling), pooled(tokens_ntd, "mean"), codes, KINDS_N)
 
 
@@ -99,6 +100,13 @@ def run(modules, tokens_ntd, task):
             takes_task = "task" in getattr(module, "forward_kwargs", ())
             features = module(features, task=task) if takes_task else module(features)
     return features["sentence_embedding"]
+
+
+def widened(maps, pooling):
+    """The same maps for the vectors of a readout of two parts: the second is weighed first."""
+    if "+" not in pooling or not maps:
+        return maps
+    return make_map("all", 30, D, 2 * D), *maps
 
 
 def assert_exported_equals_patch(patch, sae, pooling, tokens_ntd=TOKENS_NTD):
@@ -114,7 +122,7 @@ def assert_exported_equals_patch(patch, sae, pooling, tokens_ntd=TOKENS_NTD):
 @pytest.mark.parametrize("subtract", [None, SUBTRACT], ids=["no subtraction", "subtraction"])
 @pytest.mark.parametrize("maps", MAPS)
 def test_exported_modules_equal_the_patch(maps, subtract, pooling):
-    patch = Patch("last_hidden_state", subtract, MAPS[maps], GATE)
+    patch = Patch("last_hidden_state", subtract, widened(MAPS[maps], pooling), GATE)
     assert_exported_equals_patch(patch, make_sae(THRESHOLD_C), pooling)
 
 
@@ -136,7 +144,8 @@ def test_the_gate_in_these_tests_sees_three_kinds_in_means_and_not_in_last_token
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_roles_differ_and_the_document_is_the_default(pooling):
-    modules = export_modules(Patch("last_hidden_state", SUBTRACT, MAPS["role"], GATE), D, pooling)
+    maps = widened(MAPS["role"], pooling)
+    modules = export_modules(Patch("last_hidden_state", SUBTRACT, maps, GATE), D, pooling)
     query, document, neither = (run(modules, TOKENS_NTD, t) for t in ("query", "document", None))
     assert torch.equal(neither, document)
     assert not torch.allclose(query, document, atol=0.1)
@@ -152,7 +161,7 @@ def test_thresholds_of_any_size(scale, maps, pooling):
     subtract = Subtract.from_sae(sae, STRENGTH_C)
     steps = tuple(
         Affine(m.name, m.by, m.weight_gde, (scale if i == 0 else 1) * m.bias_ge)
-        for i, m in enumerate(MAPS[maps])
+        for i, m in enumerate(widened(MAPS[maps], pooling))
     )
     patch = Patch("last_hidden_state", subtract, steps, gate)
     assert_exported_equals_patch(patch, sae, pooling, scale * TOKENS_NTD)
@@ -188,11 +197,19 @@ def test_the_identity_is_pooling_and_normalisation():
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("maps", MAPS)
 def test_only_stock_modules_are_used(maps, pooling):
-    patch = Patch("last_hidden_state", SUBTRACT, MAPS[maps], GATE)
+    patch = Patch("last_hidden_state", SUBTRACT, widened(MAPS[maps], pooling), GATE)
     for module in export_modules(patch, D, pooling):
         assert type(module).__module__.startswith("sentence_transformers.")
         for part in module.modules():
             assert type(part).__module__.startswith(("sentence_transformers.", "torch.nn."))
+
+
+def test_the_second_part_of_a_readout_of_two_is_of_raw_tokens():
+    modules = export_modules(Patch("last_hidden_state", SUBTRACT), D, "mean+lasttoken")
+    found_ne = run(modules, TOKENS_NTD, None)
+    patched = torch.stack([SUBTRACT(token_td) for token_td in TOKENS_NTD])
+    expected = torch.cat([pooled(patched, "mean"), pooled(TOKENS_NTD, "lasttoken")], dim=1)
+    torch.testing.assert_close(found_ne, nn.functional.normalize(expected, dim=1))
 
 
 def test_exporting_twice_gives_the_same_weights():

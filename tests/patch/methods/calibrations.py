@@ -7,7 +7,7 @@ import torch
 from patch_retriever.concepts.scores import score_concepts
 from patch_retriever.features import Features
 from patch_retriever.patch.calibration import Calibration
-from patch_retriever.patch.fit import fit_gate
+from patch_retriever.patch.fit import GradedTask, fit_gate
 from patch_retriever.sae.codes import Codes
 from patch_retriever.sae.model import SparseAutoencoder
 
@@ -42,7 +42,24 @@ def make_calibration(seed=0):
     queries, documents = torch.arange(N), torch.arange(N).flip(0)[: 2 * PER_KIND]
     gate = fit_gate(features.mean_nd, KINDS_N)
     return Calibration(
-        "last_hidden_state", features, sae, concepts, gate, queries, documents, pairs, seed
+        "last_hidden_state",
+        features,
+        sae,
+        concepts,
+        gate,
+        queries,
+        documents,
+        pairs,
+        tasks_of(pairs),
+        seed,
+    )
+
+
+def tasks_of(pairs):
+    """A task for each direction: every query's document among those of all."""
+    return tuple(
+        GradedTask.of(p[:, 0].tolist(), p[:, 1].tolist(), [(i,) for i in range(len(p))])
+        for p in pairs.values()
     )
 
 

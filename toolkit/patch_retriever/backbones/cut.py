@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Lists of the configuration with an entry for every decoder layer."""
+_NNSIGHT_STATE = "__nnsight__"
+"""Where nnsight keeps, on a module, that it wrapped it."""
 _LAST_OF_MLP = ("down_proj", "fc2", "w2", "dense_4h_to_h")
 
 
@@ -113,7 +115,8 @@ def _twin(module: Any) -> Any:
     made = copy(module)
     for name in ("_modules", "_parameters", "_buffers"):
         made.__dict__[name] = dict(module.__dict__[name])
-    made.__dict__.pop("forward", None)  # of nnsight or accelerate, bound to the original
+    for name in ("forward", _NNSIGHT_STATE):  # of nnsight or accelerate, bound to the original
+        made.__dict__.pop(name, None)
     if (hook := made.__dict__.pop("_hf_hook", None)) is not None:
         from accelerate.hooks import add_hook_to_module
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patch_retriever.concepts.scores import ConceptTable
 from patch_retriever.features import Features
-from patch_retriever.patch.fit import fit_gate
+from patch_retriever.patch.fit import GradedTask, fit_gate
 from patch_retriever.patch.operators import Affine, By, Gate, Subtract
 from patch_retriever.sae.model import SparseAutoencoder
 
@@ -35,7 +35,7 @@ class Calibration:
 
     `sae` and `concepts` are of activations at the readout or, where there is one, at the `layer`.
     `query_items` and `document_items` are item numbers by role, `pairs` are (query, relevant
-    document) items by direction, each (n, 2).
+    document) items by direction, each (n, 2), `tasks` all that is known of what is relevant.
     """
 
     site: str
@@ -46,6 +46,7 @@ class Calibration:
     query_items: Tensor
     document_items: Tensor
     pairs: Mapping[str, Tensor]
+    tasks: tuple[GradedTask, ...]
     seed: int
     layer: Layer | None = None
 
@@ -60,6 +61,11 @@ class Calibration:
     def cache(self) -> dict[Any, Any]:
         """What methods have learned already, by their settings."""
         return {}
+
+    @property
+    def n_parts(self) -> int:
+        """Parts of a pooled vector: 2 where the readout has the mean beside the last token."""
+        return self.features.pooled_nd.shape[1] // self.sae.d_in
 
     @property
     def sides(self) -> tuple[By, ...]:

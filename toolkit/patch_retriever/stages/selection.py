@@ -18,7 +18,7 @@ from patch_retriever.data import Data
 from patch_retriever.files import write_json
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration, Layer
-from patch_retriever.patch.fit import fit_gate
+from patch_retriever.patch.fit import GradedTask, fit_gate
 from patch_retriever.patch.methods import Method
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import evaluate
@@ -54,6 +54,7 @@ def load_calibration(
         torch.tensor(queries),
         torch.tensor(documents),
         {direction: torch.from_numpy(collection.pairs((direction,))) for direction in directions},
+        tuple(GradedTask.of(t.queries, t.documents, t.relevant) for t in collection.tasks),
         seed,
         None if layer is None else Layer(layer, partial(features, "calibration")),
     )

@@ -1,4 +1,5 @@
-"""Fitting the affine operators: statistics from calibration vectors, closed forms only.
+"""Fitting the affine operators: statistics from calibration vectors, closed forms and one that goes
+on by a contrastive loss.
 
 Every function takes the vectors `x_nd` as they are where the operator will stand. Those without
 pairs take `groups`, too: the item numbers of each group that the operator tells apart
@@ -6,6 +7,7 @@ pairs take `groups`, too: the item numbers of each group that the operator tells
 """
 
 from patch_retriever.patch.fit.alignment import cca, procrustes, ridge
+from patch_retriever.patch.fit.contrastive import ContrastiveSettings, GradedTask, contrastive
 from patch_retriever.patch.fit.erasure import leace, remove_subspace
 from patch_retriever.patch.fit.gate import fit_gate
 from patch_retriever.patch.fit.geometry import (
@@ -15,13 +17,17 @@ from patch_retriever.patch.fit.geometry import (
     principal_gains,
     realign,
     standardise,
+    weigh,
     zca_whiten,
 )
 
 __all__ = [
+    "ContrastiveSettings",
+    "GradedTask",
     "all_but_the_top",
     "cca",
     "centre",
+    "contrastive",
     "fit_gate",
     "leace",
     "pca_whiten",
@@ -31,5 +37,6 @@ __all__ = [
     "remove_subspace",
     "ridge",
     "standardise",
+    "weigh",
     "zca_whiten",
 ]

@@ -26,6 +26,16 @@ def centre(x_nd: Tensor, groups: Sequence[Tensor], by: By) -> Affine:
     return affine("centre", by, means, [eye] * len(means))
 
 
+def weigh(x_nd: Tensor, d: int, first_weight: float) -> Affine:
+    """Each part of d entries over its mean norm, the first part times `first_weight`, so that
+    neither part of a readout of two outweighs the other by the scale of its activations."""
+    norms = [float(part_nd.norm(dim=1).mean()) for part_nd in x_nd.split(d, dim=1)]
+    weights = [first_weight / norms[0], *(1 / norm for norm in norms[1:])]
+    diagonal_w = torch.tensor(weights, dtype=torch.float64).repeat_interleave(d)
+    zero_w = torch.zeros(len(diagonal_w), dtype=torch.float64)
+    return affine("weigh parts", "all", [zero_w], [torch.diag(diagonal_w)])
+
+
 def standardise(x_nd: Tensor, groups: Sequence[Tensor], by: By) -> Affine:
     """(x - mean) / standard deviation, dimension by dimension and up to one scale for a group
     (I0T_post, arXiv 2412.14384).

@@ -11,18 +11,27 @@ from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.operators import Affine, Subtract
 
 _PENALTIES = (0.01, 0.1, 1.0)
+_TEMPERATURES = (0.05, 0.1)
+_START = 0.5
+"""Shrinkage of the CCA that the contrastive alignment starts from."""
 MAX_CANONICAL = 128
 """Canonical dimensions that CCA keeps at the most."""
 
 
+_MEAN_WEIGHTS = (0.5, 1.0)
+"""Of the mean beside the last token, in a readout of both."""
+
+
 def rows(c: Calibration) -> Iterator[Method]:
-    """Closed forms with statistics per modality."""
+    """Closed forms with statistics per modality, and one that learns on from CCA."""
     yield Method("Procrustes", "pairs", lambda: one_patch(c, procrustes(c)))
+    weights = _MEAN_WEIGHTS if c.n_parts > 1 else (None,)
+    weighed = [{} if w is None else {"mean_weight": w} for w in weights]
     yield Method(
         "CCA",
         "pairs",
-        lambda shrinkage: one_patch(c, cca(c, shrinkage)),
-        tuple({"shrinkage": s} for s in BETAS),
+        lambda **setting: one_patch(c, *cca(c, **setting)),
+        tuple({"shrinkage": s, **w} for w in weighed for s in BETAS),
     )
     x_nd, kinds_n = c.features.pooled_nd, c.kinds_n
     yield Method(
@@ -31,6 +40,12 @@ def rows(c: Calibration) -> Iterator[Method]:
         lambda shrinkage: one_patch(c, fit.ridge(x_nd, kinds_n, c.pairs_to_images, shrinkage)),
         tuple({"shrinkage": s} for s in _PENALTIES),
     )
+    yield Method(
+        "contrastive alignment",
+        "pairs",
+        lambda **setting: one_patch(c, *contrastive(c, **setting)),
+        tuple({"temperature": t, **w} for w in weighed for t in _TEMPERATURES),
+    )
 
 
 def procrustes(c: Calibration, *before: Affine, subtract: Subtract | None = None) -> Affine:
@@ -38,8 +53,27 @@ def procrustes(c: Calibration, *before: Affine, subtract: Subtract | None = None
     return fit.procrustes(c.vectors_after(before, subtract), c.kinds_n, c.pairs_to_images)
 
 
-def cca(c: Calibration, shrinkage: float, subtract: Subtract | None = None) -> Affine:
-    """CCA of what `subtract` leaves."""
-    x_nd = c.vectors_after((), subtract)
+def cca(
+    c: Calibration,
+    shrinkage: float,
+    mean_weight: float | None = None,
+    subtract: Subtract | None = None,
+) -> tuple[Affine, ...]:
+    """CCA of what `subtract` leaves; the parts of a readout of two are weighed before it."""
+    before: tuple[Affine, ...] = ()
+    if mean_weight is not None:
+        x_nd = c.vectors_after((), subtract)
+        before = (fit.weigh(x_nd, x_nd.shape[1] // c.n_parts, mean_weight),)
+    x_nd = c.vectors_after(before, subtract)
     r = min(x_nd.shape[1], MAX_CANONICAL)
-    return fit.cca(x_nd, c.kinds_n, c.pairs_to_images, shrinkage, r)
+    return (*before, fit.cca(x_nd, c.kinds_n, c.pairs_to_images, shrinkage, r))
+
+
+def contrastive(
+    c: Calibration, temperature: float, mean_weight: float | None = None
+) -> tuple[Affine, ...]:
+    """CCA, and from there by gradient steps on all tasks of calibration."""
+    *before, start = cca(c, _START, mean_weight)
+    x_nd = c.vectors_after(tuple(before), None)
+    settings = fit.ContrastiveSettings(temperature=temperature)
+    return (*before, fit.contrastive(x_nd, c.kinds_n, start, c.tasks, settings, c.seed))

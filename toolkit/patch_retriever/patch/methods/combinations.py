@@ -38,7 +38,9 @@ def _pair(c: Calibration, first: str, second: str, strength: float) -> list[Patc
         return []
     subtract = Subtract.from_sae(c.sae, strength_c)
     if second == "CCA":
-        return one_patch(c, cca(c, strength, subtract), subtract=subtract, reason=first)
+        weight = 1.0 if c.n_parts > 1 else None
+        steps = cca(c, strength, weight, subtract)
+        return one_patch(c, *steps, subtract=subtract, reason=first)
     return _realigned(c, subtract, strength, turned=second != "ReAlign", reason=first)
 
 

@@ -1,0 +1,129 @@
+"""An alignment that goes on where a closed form ends: by a contrastive loss over whole tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from patch_retriever.patch.operators import Affine
+
+
+@dataclass(frozen=True)
+class GradedTask:
+    """A retrieval task over numbered items: `relevant_e[starts_q1[q] : starts_q1[q + 1]]` are the
+    places in `documents_n` that answer the item `queries_q[q]`."""
+
+    queries_q: Tensor
+    documents_n: Tensor
+    starts_q1: Tensor
+    relevant_e: Tensor
+
+    @classmethod
+    def of(
+        cls, queries: Sequence[int], documents: Sequence[int], relevant: Sequence[Sequence[int]]
+    ) -> GradedTask:
+        """From lists."""
+        sizes = torch.tensor([0, *map(len, relevant)])
+        flat = [place for places in relevant for place in places]
+        return cls(
+            torch.tensor(queries), torch.tensor(documents), sizes.cumsum(0), torch.tensor(flat)
+        )
+
+    def batch(
+        self, queries: int, documents: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Items (q,) of some queries, items (m,) of some documents, those relevant to the queries
+        among them, and which are relevant to which (q, m)."""
+        picks_q = torch.randperm(len(self.queries_q), generator=generator)[:queries]
+        starts_q, ends_q = self.starts_q1[picks_q], self.starts_q1[picks_q + 1]
+        rows_e = torch.arange(len(picks_q)).repeat_interleave(ends_q - starts_q)
+        shift_q = starts_q - torch.cat([starts_q.new_zeros(1), (ends_q - starts_q).cumsum(0)[:-1]])
+        places_e = self.relevant_e[torch.arange(len(rows_e)) + shift_q[rows_e]]
+        n = len(self.documents_n)
+        chosen_n = torch.zeros(n, dtype=torch.bool)
+        chosen_n[places_e] = True
+        if n <= documents:
+            chosen_n[:] = True
+        else:
+            chosen_n[torch.randperm(n, generator=generator)[:documents]] = True
+        places_m = chosen_n.nonzero()[:, 0]
+        column_n = chosen_n.cumsum(0) - 1
+        relevant_qm = torch.zeros(len(picks_q), len(places_m), dtype=torch.bool)
+        relevant_qm[rows_e, column_n[places_e]] = True
+        return self.queries_q[picks_q], self.documents_n[places_m], relevant_qm
+
+
+@dataclass(frozen=True)
+class ContrastiveSettings:
+    """How the alignment is learned."""
+
+    steps: int = 200
+    lr: float = 0.03
+    """Of Adam, in units of the root mean square of the map's weights; falls linearly to zero."""
+    temperature: float = 0.1
+    queries: int = 512
+    documents: int = 4096
+    """In a step, beside those that are relevant to its queries."""
+
+
+def contrastive(
+    x_nd: Tensor,
+    kinds_n: Tensor,
+    start: Affine,
+    tasks: Sequence[GradedTask],
+    settings: ContrastiveSettings,
+    seed: int,
+) -> Affine:
+    """`start`, an affine map for each kind, changed so that every task's queries are nearer to
+    what is relevant to them than to its other documents.
+
+    Steps take the tasks in turn. The loss of a query is - log of the share of relevant documents
+    in the softmax of all cosines over the temperature (InfoNCE with several positives); the query's
+    own item counts only where it is relevant. Only the maps change, so that a step costs two
+    products.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scale_g11 = start.weight_gde.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+    weight_gde = torch.zeros_like(start.weight_gde, requires_grad=True)
+    bias_ge = torch.zeros_like(start.bias_ge, requires_grad=True)
+    optimizer = torch.optim.Adam([weight_gde, bias_ge], settings.lr)
+
+    def current() -> tuple[Tensor, Tensor]:
+        return (
+            start.weight_gde + scale_g11 * weight_gde,
+            start.bias_ge + scale_g11[:, 0] * bias_ge,
+        )
+
+    for step in range(settings.steps):
+        queries_q, documents_m, relevant_qm = tasks[step % len(tasks)].batch(
+            settings.queries, settings.documents, generator
+        )
+        weights, biases = current()
+        q_qe, d_me = (
+            _embedded(x_nd[items], kinds_n[items], weights, biases)
+            for items in (queries_q, documents_m)
+        )
+        scores_qm = q_qe @ d_me.T / settings.temperature
+        itself_qm = (queries_q[:, None] == documents_m[None, :]) & ~relevant_qm
+        scores_qm = scores_qm.masked_fill(itself_qm, -torch.inf)
+        found_q = scores_qm.masked_fill(~relevant_qm, -torch.inf).logsumexp(1)
+        loss = (scores_qm.logsumexp(1) - found_q).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * (1 - step / settings.steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    weights, biases = (tensor.detach() for tensor in current())
+    return replace(start, name="contrastive", weight_gde=weights, bias_ge=biases)
+
+
+def _embedded(x_nd: Tensor, kinds_n: Tensor, weight_gde: Tensor, bias_ge: Tensor) -> Tensor:
+    """Unit embeddings of items, each by the map of its kind."""
+    out_ne = x_nd.new_zeros(len(x_nd), bias_ge.shape[1])
+    for kind in kinds_n.unique().tolist():
+        rows_m = (kinds_n == kind).nonzero()[:, 0]
+        out_ne = out_ne.index_copy(0, rows_m, x_nd[rows_m] @ weight_gde[kind] + bias_ge[kind])
+    return torch.nn.functional.normalize(out_ne, dim=1)
