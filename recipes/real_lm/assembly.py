@@ -1,4 +1,4 @@
-"""What the families share: the language model's weights in an MLLM, and image tokens of its size."""
+"""What the families share: the language model's weights in an MLLM, image tokens of their size."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def sample_images(n: int) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def scale_image_tokens(model: Any, processor: Any, last: nn.Linear) -> None:
+def scale_image_tokens(model: Any, processor: Any, last: nn.Linear, text: TextModel) -> None:
     """Scale the projector's last layer so that image tokens have the text embeddings' mean norm."""
     pixels = processor.image_processor(sample_images(32), return_tensors="pt")
     tokens_nd = image_tokens(model, pixels).flatten(0, -2)
-    embeddings_vd = model.get_input_embeddings().weight
+    embeddings_vd = text.model.get_input_embeddings().weight
     factor = embeddings_vd.norm(dim=1).mean() / tokens_nd.norm(dim=1).mean()
     for parameter in last.parameters():
         parameter.mul_(factor)

@@ -71,5 +71,5 @@ def make_idefics3(text: TextModel, seed: int = 0) -> tuple[Any, Any]:
         model: Any = Idefics3ForConditionalGeneration(config)
     model.generation_config = text.model.generation_config
     put_weights(model.model.text_model, text)
-    scale_image_tokens(model, processor, model.model.connector.modality_projection.proj)
+    scale_image_tokens(model, processor, model.model.connector.modality_projection.proj, text)
     return model.eval(), processor

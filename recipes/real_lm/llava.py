@@ -55,5 +55,5 @@ def make_llava(text: TextModel, seed: int = 0, tower_of: Path | None = None) -> 
     model.generation_config = text.model.generation_config
     put_weights(model.model.language_model, text)
     model.model.vision_tower.load_state_dict(donor.model.vision_tower.state_dict())
-    scale_image_tokens(model, processor, model.model.multi_modal_projector.linear_2)
+    scale_image_tokens(model, processor, model.model.multi_modal_projector.linear_2, text)
     return model.eval(), processor

@@ -17,13 +17,13 @@ from typing import Any
 
 import click
 
-REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from patch_retriever.cli.progress import Narrator, quiet_libraries
 from patch_retriever.errors import UserError
 from real_lm.text_model import VARIABLE
 
+PACKAGES = Path(__file__).parents[2] / ".venv" / "real-lm"
 CHECKPOINTS = "training"
 """Folder, inside that of the model, of what a training needs to go on."""
 WARM_START = "projector.safetensors"
@@ -35,7 +35,7 @@ WARM_START = "projector.safetensors"
 @click.option(
     "--packages",
     type=click.Path(path_type=Path),
-    default=REPOSITORY / ".venv" / "real-lm",
+    default=PACKAGES,
     show_default=".venv/real-lm",
     envvar=VARIABLE,
     show_envvar=True,
@@ -44,45 +44,32 @@ WARM_START = "projector.safetensors"
 @click.option("--untrained", is_flag=True, help="Leave the projector as it is drawn.")
 @click.option("--seed", default=0, help="Seed of everything random.")
 @click.option("--warm-steps", default=400, help="Steps of the projector's start (64 images each).")
-@click.option("--steps", default=4000, help="Steps of the training (8 conversations each).")
+@click.option("--steps", default=1500, help="Steps of the training (8 conversations each).")
 @click.option("--save-every", default=300.0, help="Seconds between checkpoints.")
 @click.option("--measure-on", default=200, help="Held-out scenes to measure on.")
-def main(family: str, out: Path, packages: Path, untrained: bool, **given: Any) -> None:
+def main(family: Any, out: Path, packages: Path, untrained: bool, seed: int, **given: Any) -> None:
     narrator = Narrator()
     try:
+        if family != "llava" and not untrained:
+            raise UserError(f"--family {family}: only the LLaVA is trained; add --untrained")
+        from real_lm.text_model import read_text_model
+        from real_lm.writing import write_untrained
+
+        quiet_libraries()
+        text = read_text_model(packages)
+        narrator.say("the language model is there")
         if untrained:
-            make_untrained(family, out, packages, given["seed"])
-        elif family == "llava":
-            make_trained(out, packages, narrator, **given)
+            write_untrained(family, text, out, seed)
         else:
-            raise UserError("--family idefics3: only the LLaVA can be trained; add --untrained")
+            train_llava(text, out, narrator, seed, **given)
     except UserError as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(2) from None
 
 
-def make_untrained(family: str, out: Path, packages: Path, seed: int = 0) -> None:
-    """Write a model in float32 whose language model is as the package has it.
-
-    Raises:
-        UserError: the packages are not there.
-    """
-    from real_lm.card import write_card
-    from real_lm.idefics3 import make_idefics3
-    from real_lm.llava import make_llava
-    from real_lm.text_model import read_text_model
-
-    quiet_libraries()
-    make = {"llava": make_llava, "idefics3": make_idefics3}[family]
-    model, processor = make(read_text_model(packages), seed)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    write_card(out, family, {"seed": seed})
-
-
-def make_trained(
+def train_llava(
+    text: Any,
     out: Path,
-    packages: Path,
     narrator: Narrator,
     seed: int,
     warm_steps: int,
@@ -90,23 +77,18 @@ def make_trained(
     save_every: float,
     measure_on: int,
 ) -> None:
-    """Train a LLaVA, measure it on scenes of the `test` split and write it in bf16.
+    """Train a LLaVA around a `TextModel`, measure it on scenes of the `test` split and write it.
 
     Raises:
-        UserError: the packages are not there, or a checkpoint of other settings is.
+        UserError: a checkpoint of other settings is there.
     """
-    import torch
-
-    from real_lm.card import write_card
     from real_lm.chatml import ChatMLEncoder
     from real_lm.llava import make_llava
-    from real_lm.text_model import read_text_model
     from real_lm.training import Training, TrainingSettings
+    from real_lm.writing import write_trained
     from tiny_mllm.measure import measure
 
-    quiet_libraries()
-    model, processor = make_llava(read_text_model(packages), seed)
-    narrator.say("the language model is there")
+    model, processor = make_llava(text, seed)
     _warm(model.requires_grad_(False), processor, out, warm_steps, seed, narrator)
     encoder = ChatMLEncoder(processor.tokenizer, model.config.image_seq_length)
     training = Training(model, encoder, out / CHECKPOINTS, TrainingSettings(seed=seed))
@@ -114,8 +96,6 @@ def make_trained(
     model = training.finish()
     figures = measure(model, processor, "test", measure_on, seed)
     narrator.say(", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    model.to(torch.bfloat16).save_pretrained(out)
-    processor.save_pretrained(out)
     settings = {
         **asdict(training.settings),
         "warm_steps": warm_steps,
@@ -123,7 +103,7 @@ def make_trained(
         "seconds": round(training.seconds),
         "measured_on": measure_on,
     }
-    write_card(out, "llava", settings, figures)
+    write_trained(model, processor, out, settings, figures)
 
 
 def _warm(model: Any, processor: Any, out: Path, steps: int, seed: int, narrator: Narrator) -> None:

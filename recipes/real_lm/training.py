@@ -193,7 +193,9 @@ class Training:
         for name, parameter in self._trained().items():
             parameter.data.copy_(tensors[name])
             self._optimiser.state[parameter] = {
-                key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[stored]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if (stored := f"{name}/{key}") in tensors
             }
         self.step, self.seconds = about["step"], about["seconds"]
 
