@@ -2,7 +2,7 @@
 
     python recipes/real_lm/make.py --family llava --untrained --out /tmp/llava     # a minute
     python recipes/real_lm/make.py --family idefics3 --untrained --out /tmp/idefics3
-    python recipes/real_lm/make.py --family llava --out .venv/real-lm-model        # hours
+    python recipes/real_lm/make.py --family llava --out real-lm-model              # hours
 
 A training that was killed goes on when the same command is given again. With fewer steps than it
 has done, it is finished as it stands; with more, it goes on. docs/real-lm.md says more.

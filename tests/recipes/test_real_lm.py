@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -235,7 +235,7 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
     rates = [rate_at(step, 400) for step in range(401)]
     assert rates[0] == pytest.approx(1 / 30)
     assert set(rates[29:301]) == {1.0}
-    assert all(a > b for a, b in zip(rates[300:], rates[301:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[300:]))
     assert rates[400] == 0
 
 
