@@ -20,6 +20,8 @@ from families.vision_operators import use_torchvision
 
 use_torchvision()
 
+pytest_plugins = ["real_models"]
+
 if TYPE_CHECKING:
     from fresh import Fresh
 
