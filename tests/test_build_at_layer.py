@@ -104,9 +104,10 @@ def test_the_table_of_concepts_is_of_the_layer(built):
 
 
 def test_readouts_before_the_layer_are_not_tried():
-    sites = {readout.site for readout in readout_grid(12, after="layers.5")}
-    assert sites == {"last_hidden_state", "layers.10"}
-    assert {r.site for r in readout_grid(12)} == sites | {"layers.5"}
+    cuts = {readout.cut for readout in readout_grid(12, after="layers.5")}
+    assert cuts == {None, "layers.10", "layers.11.attention"}
+    assert {readout.cut for readout in readout_grid(12)} == cuts | {"layers.5"}
+    assert "layers.11.attention" not in {r.cut for r in readout_grid(12, skip_mlp=False)}
 
 
 def test_a_layer_that_is_not_there_is_refused_before_anything_is_done(random_model, tmp_path):

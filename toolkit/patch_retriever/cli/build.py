@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     help="The only prompt to try, by name or your own (docs/inputs.md).",
 )
 @click.option(
-    "--pooling", type=click.Choice(["mean", "lasttoken"]), help="The only pooling to try."
+    "--pooling",
+    type=click.Choice(["mean", "lasttoken", "mean+lasttoken"]),
+    help="The only pooling to try; mean+lasttoken puts both beside each other.",
 )
 @click.option(
     "--max-tokens",

@@ -48,19 +48,21 @@ def info(folder: Path, concepts: int, as_json: bool) -> None:
 
 def lines(settings: dict[str, Any], patch: dict[str, Any], concepts: int) -> list[str]:
     """What a terminal shows above the table."""
+    from patch_retriever.backbones.readout import Readout
+
     about = patch["about"]
-    readout = about["readout"]
+    readout = Readout.from_json(about["readout"])
     found = [
         f"model      {settings['model']}",
         f"data       {settings['pairs']}, seed {settings['seed']}",
-        f"readout    {readout['prompt']['name']} prompt, {readout['pooling']} of {readout['site']}",
+        f"readout    {readout.name}",
         f"patch      {about['method']} {about['setting'] or ''} (needs {about['needs']})",
     ]
     for operator in patch["operators"]:
         detail = (
             f"{operator['name']}, by {operator['by']}"
             if "name" in operator
-            else f"{len(about['concepts'])} concepts at {operator.get('site', readout['site'])}"
+            else f"{len(about['concepts'])} concepts at {operator.get('site', readout.site)}"
         )
         found.append(f"           {operator['kind']}: {detail}")
     strongest = sorted(about["concepts"], key=lambda c: -c["strength"] * c["energy"])[:concepts]
