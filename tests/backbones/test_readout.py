@@ -24,6 +24,7 @@ from patch_retriever.backbones.readout import (
     Readout,
     Room,
     has_readout,
+    layer_number,
     own_template,
     readout_grid,
 )
@@ -300,12 +301,14 @@ def test_readouts_survive_json(readout):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5, 28])
-def test_the_grid_holds_every_prompt_with_both_poolings_and_layers_that_exist(layers):
+def test_the_grid_holds_every_prompt_with_every_pooling_and_layers_that_exist(layers):
     grid = list(readout_grid(layers))
     assert PAPER_READOUT in grid
     assert len({readout.name for readout in grid}) == len(grid)
     for prompt in TRIED:
-        poolings = {r.pooling for r in grid if r.prompt == prompt and r.site == LAST}
-        assert poolings == {"mean", "lasttoken"}
-    numbers = [int(r.site.removeprefix("layers.")) for r in grid if r.site != LAST]
-    assert all(0 <= number < layers - 1 for number in numbers)
+        for cut in {r.cut for r in grid}:
+            poolings = {r.pooling for r in grid if r.prompt == prompt and r.cut == cut}
+            assert poolings == {"mean", "lasttoken", "mean+lasttoken"}
+    assert {r.site for r in grid} == {LAST}
+    cuts = {r.cut for r in grid} - {None, f"layers.{layers - 1}.attention"}
+    assert all(0 <= layer_number(cut) < layers - 1 for cut in cuts)

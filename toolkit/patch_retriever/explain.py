@@ -58,7 +58,7 @@ class Explanation:
     concepts: tuple[ConceptPart, ...]
     geometry: Part
     residual: Part
-    last_token: Part | None
+    last_token: Part | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
