@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from patch_retriever.activations import store as store_module
-from patch_retriever.activations.store import Store, StoreSource, StoreWriter
+from patch_retriever.activations.store import Store, StoreSource
+from patch_retriever.activations.writer import StoreWriter
 from patch_retriever.errors import UserError
 from synthetic import write_store
 

@@ -51,6 +51,11 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
 
 
+STORE_TOKENS = 2_000_000
+"""About how many tokens the activation store keeps, or as many as training reads if that is more.
+Not fewer where it reads fewer: another training then needs no new collection."""
+
+
 @dataclass(frozen=True)
 class BuildResult:
     """What a build made: the export's folder and the table as shown in a terminal and as JSON."""
@@ -129,6 +134,7 @@ def build_retriever(
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")
         at = config.patch_at or readout.site  # where the SAE is trained and concepts subtracted
+        tokens_wanted = max(STORE_TOKENS, config.sae.steps * config.sae.batch_size)
         store = run.stage(
             "collect",
             lambda folder: collect_tokens(
@@ -139,8 +145,12 @@ def build_retriever(
                 config.batch_size,
                 progress,
                 data.splits["calibration"].pairs(("t->i", "i->t")).tolist(),
+                tokens_wanted,
+                config.seed,
+                run.key("collect"),
             ),
             after=("readout",),
+            tokens=tokens_wanted,
         )
         sae = run.stage(
             "sae",

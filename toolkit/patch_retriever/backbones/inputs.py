@@ -33,17 +33,21 @@ def item_batches(
     batch_size: int,
     progress: Progress = no_progress,
     workers: int = WORKERS,
+    skip: int = 0,
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """(item numbers, preprocessed features on the model's device), similar lengths together.
+
+    The first `skip` items in this order are left out unread; if they are a number of whole windows
+    (`WINDOW` batches), the batches are those that come after them without `skip`.
 
     Raises:
         UserError: a picture cannot be read; the batches before it come first.
     """
     device = device_of(transformer)
     keys = [(item.kind, len(item.text or "")) for item in items]
-    order = sorted(range(len(items)), key=keys.__getitem__)
+    order = sorted(range(len(items)), key=keys.__getitem__)[skip:]
     batches = Preparer(transformer, workers).batches(Lazy(order, items.__getitem__), batch_size)
-    for positions, features in progress(batches, -(-len(items) // batch_size)):
+    for positions, features in progress(batches, -(-len(order) // batch_size)):
         yield [order[n] for n in positions], on_device(features, device)
 
 
