@@ -196,7 +196,7 @@ def build_retriever(
                 after=("evaluate",),
                 model=config.model,
             )
-        publish(out, chosen, exported, evaluated, readouts, reported, data, config)
+        publish(out, chosen, store, exported, evaluated, readouts, reported, data, config)
     report = json.loads((evaluated / "table.json").read_text())
     return BuildResult(out, (evaluated / "table.txt").read_text().rstrip(), report)
 

@@ -41,8 +41,17 @@ class Inspection:
 
     @property
     def warnings(self) -> list[str]:
-        """One line for every site that overflows float16 or comes near it."""
-        return [f"{site}: {one.warning}" for site, one in self.sites.items() if one.warning]
+        """A line about the sites that overflow, and one about those that come near float16's end:
+        each says how bad it is at the worst of them."""
+        overflowing = [site for site, one in self.sites.items() if one.not_finite]
+        near = [s for s, one in self.sites.items() if one.warning and not one.not_finite]
+        lines = []
+        for sites in (overflowing, near):
+            if sites:
+                worst = max(sites, key=lambda s: (self.sites[s].not_finite, self.sites[s].largest))
+                more = f" and {len(sites) - 1} more sites" if len(sites) > 1 else ""
+                lines.append(f"{worst}{more}: {self.sites[worst].warning}")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINK_RATIO = 10.0
-"""A token is a sink if its norm is above this many times the median norm of its sequence. In
-SmolLM2-135M ordinary tokens stay below 2 times the median at every layer, sinks are above 40 times
-it in the middle layers (docs/sae.md). The median, unlike the mean, does not move with the sinks."""
+"""A token is a sink if its norm is above this many times the median norm of its sequence. After
+layers 11 to 28 of SmolLM2-135M (of 30) sinks are 14.5 to 209 times the median and no other token is
+above 3.1 times it (docs/sae.md). The median, unlike the mean, does not move with the sinks."""
 FP16_LARGEST = 65_504.0
 """The largest number that float16 holds."""
 FP16_NEAR = FP16_LARGEST / 4

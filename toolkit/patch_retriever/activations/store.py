@@ -154,6 +154,14 @@ class Store:
         return sums_id / counts_i.clamp(min=1)[:, None], counts_i
 
 
+def sinks_text(store: Store) -> str:
+    """What was found of sinks where a store's activations were read: how many, where, how large."""
+    if store.sinks is None:
+        return "not looked for; an earlier version collected these activations"
+    warning = f" ({store.sinks.warning})" if store.sinks.warning else ""
+    return f"{store.sinks.to_text()}, at {store.site or 'an unnamed site'}{warning}"
+
+
 class StoreSource:
     """A store as a source of training tokens; every process takes its share of every shard."""
 
