@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -143,14 +144,16 @@ def collect_tokens(
     writer = StoreWriter(folder, site=readout.site, identity=identity)
     sinks = SinkCounter.from_state(writer.mark.state) if writer.mark.items else SinkCounter()
     seen = writer.mark.items
-    for tokens in token_batches(transformer, items, readout, batch_size, progress, sinks, seen):
-        kept_t = sampler.keeps(
-            tokens.items_t, tokens.positions_t, tokens.roles_t, tokens.pooled_t, tokens.sink_t
-        )
-        writer.add(*tokens[:4], tokens.sink_t, kept_t)
-        seen += tokens.n_items
-        if seen % (WINDOW * batch_size) == 0:
-            writer.set_mark(seen, sinks.state())
+    found = token_batches(transformer, items, readout, batch_size, progress, sinks, seen)
+    with closing(found) as batches:
+        for tokens in batches:
+            kept_t = sampler.keeps(
+                tokens.items_t, tokens.positions_t, tokens.roles_t, tokens.pooled_t, tokens.sink_t
+            )
+            writer.add(*tokens[:4], tokens.sink_t, kept_t)
+            seen += tokens.n_items
+            if seen % (WINDOW * batch_size) == 0:
+                writer.set_mark(seen, sinks.state())
     writer.close(pairs, sinks.report())
 
 
@@ -162,7 +165,7 @@ def token_batches(
     progress: Progress = no_progress,
     sinks: SinkCounter | None = None,
     skip: int = 0,
-) -> Iterator[Tokens]:
+) -> Generator[Tokens]:
     """All tokens by batches, without the first `skip` items; their sinks are counted in `sinks`."""
     batches = _read_batches(transformer, items, readout, batch_size, progress, skip=skip)
     roles_of = TokenRoles(transformer)

@@ -67,8 +67,8 @@ def _are_sinks(norms_nt: Tensor, median_n1: Tensor, mask_nt: Tensor) -> Tensor:
 class SinkReport:
     """What was found of sinks at a site: how many, where, how large.
 
-    Norms and ratios in the middle are medians to about 1%; `largest` is the largest absolute value
-    of any token's activation.
+    Norms and ratios are of finite tokens, their medians to about 1%; `largest` is the largest
+    absolute value in any of these tokens' activations.
     """
 
     items: int

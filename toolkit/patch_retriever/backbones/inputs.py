@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,9 @@ def item_batches(
     keys = [(item.kind, len(item.text or "")) for item in items]
     order = sorted(range(len(items)), key=keys.__getitem__)[skip:]
     batches = Preparer(transformer, workers).batches(Lazy(order, items.__getitem__), batch_size)
-    for positions, features in progress(batches, -(-len(order) // batch_size)):
-        yield [order[n] for n in positions], on_device(features, device)
+    with closing(batches):  # its threads end with it, whoever fails
+        for positions, features in progress(batches, -(-len(order) // batch_size)):
+            yield [order[n] for n in positions], on_device(features, device)
 
 
 def preprocessed(transformer: Transformer, loaded: list[Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ def _model_lines(model: str, looked: Inspection) -> list[str]:
         least, most = looked.image_tokens
         count = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         head.append(f"{count} image tokens an item with images")
-    rows = [
+    rows: list[Sequence[str]] = [
         (
             "site",
             "median norm",
@@ -220,7 +221,7 @@ def _model_lines(model: str, looked: Inspection) -> list[str]:
             row.append(f"{of_role}; {dimensions}")
         else:
             row += ["-"] * 6
-        rows.append(tuple(row))
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *middle, last in rows:
         cells = [cell.rjust(n) for cell, n in zip(middle, widths[1:-1], strict=True)]
