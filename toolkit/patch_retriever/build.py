@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
 
 
-STORE_TOKENS = 2_000_000
+STORE_TOKENS = 2_048_000
 """About how many tokens the activation store keeps, or as many as training reads if that is more.
 Not fewer where it reads fewer: another training then needs no new collection."""
 
@@ -134,7 +134,7 @@ def build_retriever(
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")
         at = config.patch_at or readout.site  # where the SAE is trained and concepts subtracted
-        tokens_wanted = max(STORE_TOKENS, config.sae.steps * config.sae.batch_size)
+        tokens_wanted = max(STORE_TOKENS, (config.sae.steps or 0) * config.sae.batch_size)
         store = run.stage(
             "collect",
             lambda folder: collect_tokens(

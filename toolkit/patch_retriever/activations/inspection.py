@@ -99,4 +99,5 @@ def handful(items: Sequence[Item]) -> list[Item]:
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:
-    return [items[n * len(items) // HANDFUL] for n in range(HANDFUL)] if items else []
+    n = min(HANDFUL, len(items))
+    return [items[i * len(items) // n] for i in range(n)]

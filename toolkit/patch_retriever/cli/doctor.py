@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from patch_retriever.cli import options
 
 if TYPE_CHECKING:
     from patch_retriever.activations.inspection import Inspection
+    from patch_retriever.activations.sinks import SinkReport
 
 PACKAGES = (
     "torch",
@@ -194,36 +194,29 @@ def _model_lines(model: str, looked: Inspection) -> list[str]:
         least, most = looked.image_tokens
         count = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         head.append(f"{count} image tokens an item with images")
-    rows: list[Sequence[str]] = [
-        (
-            "site",
-            "median norm",
-            "largest norm",
-            "largest value",
-            "sinks",
-            "an item",
-            "first",
-            "elsewhere",
-            "x median",
-            "at most",
-            "by role; dimensions with share of their energy",
-        )
+    rows: list[tuple[str, ...]] = [
+        ("site", "median norm", "largest", "value", "sinks an item", "x median (most)", "sinks are")
     ]
-    for site, one in looked.sites.items():
-        row = [site, *(f"{x:,.4g}" for x in (one.median_norm, one.largest_norm, one.largest))]
-        row.append(f"{one.sinks:,}")
-        if one.sinks:
-            dimensions = ", ".join(f"{number} ({share:.0%})" for number, share in one.massive)
-            of_role = ", ".join(f"{n:,} {role}" for role, n in one.by_role.items() if n)
-            per_item = one.sinks / sum(looked.items.values())
-            row += [f"{per_item:.2f}", f"{one.first:,}", f"{one.sinks - one.first:,}"]
-            row += [f"{one.median_ratio:,.3g}", f"{one.largest_ratio:,.3g}"]
-            row.append(f"{of_role}; {dimensions}")
-        else:
-            row += ["-"] * 6
-        rows.append(row)
+    rows += [_row(site, found) for site, found in looked.sites.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *middle, last in rows:
         cells = [cell.rjust(n) for cell, n in zip(middle, widths[1:-1], strict=True)]
         head.append("  ".join([first.ljust(widths[0]), *cells, last]).rstrip())
     return [*head, *(f"WARNING {line}" for line in looked.warnings)]
+
+
+def _row(site: str, found: SinkReport) -> tuple[str, ...]:
+    """A site's cells: norms, the largest value, and its sinks."""
+    norms = (f"{x:,.4g}" for x in (found.median_norm, found.largest_norm, found.largest))
+    if not found.sinks:
+        return (site, *norms, "0", "-", "-")
+    roles = ", ".join(f"{n:,} {role}" for role, n in found.by_role.items() if n)
+    dimensions = ", ".join(f"{number} ({share:.0%})" for number, share in found.massive)
+    where = f"{found.first:,} first, {found.sinks - found.first:,} elsewhere; {roles}"
+    return (
+        site,
+        *norms,
+        f"{found.sinks / found.items:.2f}",
+        f"{found.median_ratio:,.3g} ({found.largest_ratio:,.3g})",
+        f"{where}; dimensions {dimensions}",
+    )
