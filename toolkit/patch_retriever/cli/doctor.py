@@ -218,5 +218,5 @@ def _row(site: str, found: SinkReport) -> tuple[str, ...]:
         *norms,
         f"{found.sinks / found.items:.2f}",
         f"{found.median_ratio:,.3g} ({found.largest_ratio:,.3g})",
-        f"{where}; dimensions {dimensions}",
+        f"{where}; dimension{'s' if len(found.massive) > 1 else ''} {dimensions}",
     )
