@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from patch_retriever.activations.store import Store, StoreWriter
+from patch_retriever.activations.store import Store
 from patch_retriever.activations.stream import Block
+from patch_retriever.activations.writer import StoreWriter
 
 
 def directions(n, d, seed=0):

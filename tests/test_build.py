@@ -134,7 +134,7 @@ def test_damaged_file_is_named_and_its_stage_built_again(random_model, tmp_path)
     small_build(out, random_model)
     before = patch_bytes(out)
     shard = next((out / "run/collect").glob("shard-*"))
-    shard.write_bytes(shard.read_bytes()[:-100] + b"\0" * 100)
+    shard.write_bytes(shard.read_bytes()[:-100] + b"\xff" * 100)
     lines: list[str] = []
     small_build(out, random_model, say=lines.append)
     assert any(str(shard) in line and "damaged" in line for line in lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from patch_retriever.errors import UserError
-from patch_retriever.runs import MARKER, Run, check_out, is_ours
+from patch_retriever.runs import DONE, MARKER, PARTIAL, Run, check_out, is_ours
 
 
 class Kitchen:
@@ -166,6 +166,59 @@ def test_what_a_killed_run_left_of_a_stage_is_gone(kitchen):
     (folder / "half").write_text("of an older run")
     kitchen.run()
     assert not (folder / "half").exists()
+
+
+class Halves:
+    """A stage that can go on: it keeps its key and writes one file after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: list[str] = []
+        self.said: list[str] = []
+
+    def run(self, flour: int = 1, stop: bool = False) -> Path:
+        with Run(self.folder / "run", self.said.append) as run:
+
+            def work(folder: Path) -> None:
+                self.found = sorted(path.name for path in folder.iterdir())
+                (folder / PARTIAL).write_text(json.dumps({"key": run.key("dough"), "done": 1}))
+                (folder / "first.txt").write_text("first")
+                if stop:
+                    raise KeyboardInterrupt
+                (folder / "last.txt").write_text("last")
+                (folder / PARTIAL).unlink()
+
+            return run.stage("dough", work, flour=flour)
+
+
+def test_work_that_keeps_its_key_finds_its_folder_as_it_left_it(tmp_path):
+    halves = Halves(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        halves.run(stop=True)
+    folder = halves.run()
+    assert halves.found == ["first.txt", PARTIAL]
+    assert halves.said[-1] == "dough: goes on where it stood"
+    assert sorted(json.loads((folder / DONE).read_text())["files"]) == ["first.txt", "last.txt"]
+    halves.run()
+    assert halves.said[-1] == "dough: done before"
+
+
+def test_work_for_other_inputs_begins_in_an_empty_folder(tmp_path):
+    halves = Halves(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        halves.run(stop=True)
+    halves.run(flour=2)
+    assert halves.found == []
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "null", "{}", '{"key": null}'])
+def test_a_damaged_record_of_unfinished_work_is_nothing_to_go_on_from(tmp_path, record):
+    halves = Halves(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        halves.run(stop=True)
+    (tmp_path / "run" / "dough" / PARTIAL).write_text(record)
+    halves.run()
+    assert halves.found == []
 
 
 def silent(_line: str) -> None:

@@ -63,7 +63,7 @@ def write(folder: Path, mebibytes: int) -> None:
     """A store of random activations; every shard holds the same numbers, times its own factor."""
     import torch
 
-    from patch_retriever.activations.store import StoreWriter
+    from patch_retriever.activations.writer import StoreWriter
 
     writer = StoreWriter(folder, SHARD_TOKENS)
     base_td = torch.randn(SHARD_TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -81,7 +81,7 @@ def _train(
     say: Say,
     progress: Progress,
 ) -> TrainedSAE:
-    from patch_retriever.activations.collect import LiveSource
+    from patch_retriever.activations.live import LiveSource
     from patch_retriever.backbones.load import readout_site
     from patch_retriever.backbones.readout import PLAIN, Readout
     from patch_retriever.sae.processes import Processes

@@ -12,12 +12,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from patch_retriever.activations.collect import (
-    LiveSource,
     collect_features,
     collect_patched,
     collect_pooled,
     collect_tokens,
 )
+from patch_retriever.activations.live import LiveSource
 from patch_retriever.activations.store import Store, StoreSource
 from patch_retriever.activations.stream import batches
 from patch_retriever.backbones.load import load_backbone, set_readout

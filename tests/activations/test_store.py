@@ -8,10 +8,12 @@ from collections import defaultdict
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from patch_retriever.activations import store as store_module
-from patch_retriever.activations.store import Store, StoreSource, StoreWriter
+from patch_retriever.activations.sinks import SinkCounter
+from patch_retriever.activations.store import Store, StoreSource, sinks_text
+from patch_retriever.activations.writer import StoreWriter
 from patch_retriever.errors import UserError
 from synthetic import write_store
 
@@ -293,3 +295,142 @@ def test_a_block_says_which_tokens_are_pooled(tmp_path):
     read = source.read(block)
     assert read.pooled_t.dtype == torch.bool
     assert read.pooled_t.tolist() == [i % 10 == 9 for i in numbers(read.activations_td)]
+
+
+# sinks
+
+
+def with_sinks(folder, n=3200, every=7):
+    """A store of numbered tokens, every seventh of them a sink that is a thousand times larger."""
+    numbers_t = torch.arange(n)
+    sink_t = numbers_t % every == 0
+    tokens_td = torch.stack([numbers_t // 128, numbers_t % 128], 1).float()
+    tokens_td[sink_t] = 1e6
+    writer = StoreWriter(folder, 200, site="layers.3")
+    for i in range(0, n, 100):
+        part = slice(i, i + 100)
+        items_t = numbers_t[part] // 10
+        pooled_t = numbers_t[part] % 10 >= 7
+        writer.add(tokens_td[part], numbers_t[part] % 4, pooled_t, items_t, sink_t[part])
+    writer.close([[0, 1], [2, 3]], report())
+    return Store(folder), sink_t
+
+
+def report():
+    counter = SinkCounter()
+    tokens_ntd = torch.ones(1, 9, D)
+    tokens_ntd[0, 4] = 100
+    counter.add(tokens_ntd, torch.ones(1, 9), torch.zeros(1, 9))
+    return counter.report()
+
+
+@pytest.mark.parametrize("n", [3200, 320])
+def test_no_training_and_no_measurement_sees_a_sink(n, tmp_path):
+    store, sink_t = with_sinks(tmp_path, n)
+    trained = training_numbers(StoreSource(store))
+    held_out = numbers(store.held_out(10_000)[0])
+    assert held_out
+    assert sorted(trained + held_out) == (~sink_t).nonzero()[:, 0].tolist()
+
+
+def test_sinks_are_in_no_mean(tmp_path):
+    store, sink_t = with_sinks(tmp_path)
+    for item, vector_d in enumerate(store.pooled_vectors()):
+        read = [i for i in range(10 * item + 7, 10 * item + 10) if not sink_t[i]]
+        rows_td = torch.tensor([[i // 128, i % 128] for i in read]).float()
+        assert torch.allclose(vector_d, rows_td.mean(0)), item
+    assert store.training_pairs().max() < 200
+
+
+def test_a_pair_of_which_an_item_has_nothing_but_sinks_to_pool_is_left_out(tmp_path):
+    tokens_td = torch.arange(12.0)[:, None].expand(12, D)
+    writer = StoreWriter(tmp_path)
+    items_t, sink_t = torch.arange(12) // 3, torch.arange(12) // 3 == 1
+    writer.add(tokens_td, torch.zeros(12), torch.ones(12), items_t, sink_t)
+    writer.close([[0, 1], [2, 3]])
+    pairs_p2d = Store(tmp_path).training_pairs()
+    assert pairs_p2d[:, :, 0].tolist() == [[7.0, 10.0]]
+
+
+def test_the_index_says_the_site_and_what_was_found_of_sinks(tmp_path):
+    store, _ = with_sinks(tmp_path)
+    assert (store.site, store.sinks) == ("layers.3", report())
+    assert json.loads((tmp_path / "index.json").read_text())["format"] == 2
+    assert sinks_text(store).endswith(", at layers.3")
+    assert "1 of 9 tokens" in sinks_text(store)
+
+
+def test_a_store_of_the_first_format_is_read_without_sinks_and_site(tmp_path):
+    store = numbered(tmp_path, 640)
+    expected = training_numbers(StoreSource(store))
+    for shard in store.shards:  # as it was written before
+        path = tmp_path / shard["file"]
+        tensors = load_file(path)
+        del tensors["sink_t"]
+        save_file(tensors, path)
+        shard["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    index = {"d": store.d, "items": store.n_items, "pairs": [[0, 1]], "shards": store.shards}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    old = Store(tmp_path)
+    assert (old.site, old.sinks) == (None, None)
+    assert "earlier version" in sinks_text(old)
+    assert training_numbers(StoreSource(old)) == expected
+    assert not old.read(0)["sink_t"].any()
+    assert torch.equal(old.pooled_vectors(), store.pooled_vectors())
+
+
+def test_a_store_of_a_newer_format_is_refused_by_name(tmp_path):
+    numbered(tmp_path, 64)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, "format": 3}))
+    with pytest.raises(UserError, match=f"^{tmp_path}: an activation store of format 3"):
+        Store(tmp_path)
+
+
+# sampled stores
+
+
+@pytest.mark.parametrize("tokens_per_shard", [20, 10_000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_means_are_of_all_tokens_where_only_some_are_stored(share, tokens_per_shard, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    whole = StoreWriter(tmp_path / "whole", tokens_per_shard)
+    some = StoreWriter(tmp_path / "some", tokens_per_shard)
+    n_kept = 0
+    for batch in range(9):
+        tokens_td = torch.randn(50, D, generator=generator)
+        items_t = 5 * batch + torch.arange(50) // 10
+        pooled_t = torch.rand(50, generator=generator) < 0.6
+        sink_t = torch.rand(50, generator=generator) < 0.1
+        kept_t = torch.rand(50, generator=generator) < share
+        kept_t[0] = True
+        n_kept += int(kept_t.sum())
+        columns = (tokens_td, torch.zeros(50), pooled_t, items_t, sink_t)
+        whole.add(*columns)
+        some.add(*columns, kept_t)
+    for writer in (whole, some):
+        writer.close()
+    sampled = Store(tmp_path / "some")
+    assert sampled.n_tokens == n_kept
+    assert torch.equal(sampled.pooled_vectors(), Store(tmp_path / "whole").pooled_vectors())
+
+
+def test_no_sums_are_kept_where_all_pooled_tokens_are(tmp_path):
+    writer = StoreWriter(tmp_path)
+    pooled_t = torch.arange(10) % 5 == 4
+    items_t = torch.arange(10) // 5
+    writer.add(torch.ones(10, D), torch.zeros(10), pooled_t, items_t, None, pooled_t)
+    writer.close()
+    assert [path.name for path in tmp_path.glob("sums*")] == []
+    assert torch.equal(Store(tmp_path).pooled_vectors(), torch.ones(2, D))
+
+
+def test_damaged_sums_are_named(tmp_path):
+    writer = StoreWriter(tmp_path)
+    pooled_t, items_t = torch.ones(10), torch.arange(10) // 5
+    writer.add(torch.ones(10, D), torch.zeros(10), pooled_t, items_t, None, items_t == 0)
+    writer.close()
+    path = tmp_path / "sums-00000.safetensors"
+    flip_a_bit(path)
+    with pytest.raises(UserError, match=f"^{path}: damaged or missing"):
+        Store(tmp_path).pooled_vectors()

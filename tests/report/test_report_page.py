@@ -11,6 +11,7 @@ from setuptools import Distribution
 from test_report_pictures import opened
 from wild import ATTACK, report_again
 
+from patch_retriever.activations.store import Store, sinks_text
 from patch_retriever.report.page import summary
 from patch_retriever.report.table import NEEDS
 
@@ -74,6 +75,14 @@ def test_the_parts_are_there_in_order_and_the_navigation_leads_to_them(page):
     sections = [found["id"] for found in page.all("section")]
     assert sections == ["built", "methods", "curves", "modality", "concepts", "gallery"]
     assert [a["href"] for a in page.all("a")] == [f"#{name}" for name in sections]
+
+
+def test_report_and_card_say_what_was_found_of_sinks(page, finished_build):
+    store = Store(finished_build / "run/collect")
+    assert sinks_text(store) == f"none found, at {store.site}"
+    assert f"Attention sinks {sinks_text(store)}" in page.text
+    card = (finished_build / "README.md").read_text()
+    assert f"- **attention sinks**: {sinks_text(store)}." in card
 
 
 def test_every_method_is_there_with_its_score_and_interval(page, table):

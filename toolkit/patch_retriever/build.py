@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
 
 
+STORE_TOKENS = 2_048_000
+"""About how many tokens the activation store keeps, or as many as training reads if that is more.
+Not fewer where it reads fewer: another training then needs no new collection."""
+
+
 @dataclass(frozen=True)
 class BuildResult:
     """What a build made: the export's folder and the table as shown in a terminal and as JSON."""
@@ -131,6 +136,7 @@ def build_retriever(
         say(f"readout: {readout.name}")
         whole, transformer = transformer, cut_at(transformer, readout.cut)
         at = config.patch_at or readout.site  # where the SAE is trained and concepts subtracted
+        tokens_wanted = max(STORE_TOKENS, (config.sae.steps or 0) * config.sae.batch_size)
         store = run.stage(
             "collect",
             lambda folder: collect_tokens(
@@ -141,8 +147,12 @@ def build_retriever(
                 config.batch_size,
                 progress,
                 data.splits["calibration"].pairs(("t->i", "i->t")).tolist(),
+                tokens_wanted,
+                config.seed,
+                run.key("collect"),
             ),
             after=("readout",),
+            tokens=tokens_wanted,
         )
         sae = run.stage(
             "sae",
@@ -188,7 +198,7 @@ def build_retriever(
                 after=("evaluate",),
                 model=config.model,
             )
-        publish(out, chosen, exported, evaluated, readouts, reported, data, config)
+        publish(out, chosen, store, exported, evaluated, readouts, reported, data, config)
     report = json.loads((evaluated / "table.json").read_text())
     return BuildResult(out, (evaluated / "table.txt").read_text().rstrip(), report)
 

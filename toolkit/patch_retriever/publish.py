@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import patch_retriever
+from patch_retriever.activations.store import Store, sinks_text
 from patch_retriever.backbones.adapter import FOLDER as ADAPTER
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import ABOUT, TABLE
@@ -53,6 +54,7 @@ def export(
 def publish(
     out: Path,
     chosen: Fit,
+    store: Path,
     exported: Path,
     evaluated: Path,
     readouts: Path,
@@ -77,7 +79,7 @@ def publish(
         write(out / name, partial(link_or_copy, path))
     patch = Patch.load(selected / "patch")
     add_selection(concepts / TABLE, patch.strengths, patch.why, out / table)
-    card = _card(out.name, patch, exported, evaluated, readouts, data, config)
+    card = _card(out.name, patch, store, exported, evaluated, readouts, data, config)
     write_text(out / "README.md", card)
     write(out / "modules.json", partial(link_or_copy, last))
 
@@ -109,6 +111,7 @@ def _adapter(config: BuildConfig, separate: bool) -> str:
 def _card(
     name: str,
     patch: Patch,
+    store: Path,
     exported: Path,
     evaluated: Path,
     readouts: Path,
@@ -139,6 +142,7 @@ def _card(
         needs=patch.about["needs"],
         operators=operators(patch),
         loading=loading(with_code, separate),
+        sinks=sinks_text(Store(store)),
         adapter=_adapter(config, separate) if patch.about["needs"] == "training" else "",
         with_code=with_code,
         golden=f"{golden['max_abs_diff']:.1g}",

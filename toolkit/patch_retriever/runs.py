@@ -17,6 +17,9 @@ from patch_retriever.progress import Say
 MARKER = "patch-retriever.json"
 """The file that says that a folder was made by `build`; it holds the resolved settings."""
 DONE = "done.json"
+PARTIAL = "partial.json"
+"""What a stage that can go on keeps in its folder until it is finished: a JSON object with the
+stage's `key` and whatever else it needs to know."""
 _FORMAT = 4
 """Raised when a stage's files change meaning, so that old results are built again."""
 
@@ -41,6 +44,14 @@ def read_done(folder: Path) -> Done | None:
         return Done(str(done["key"]), dict(done["files"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _can_go_on(folder: Path, key: str) -> bool:
+    """Whether unfinished work for these inputs left a record to go on from."""
+    try:
+        return bool(json.loads((folder / PARTIAL).read_text())["key"] == key)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def damaged(folder: Path, files: Mapping[str, str]) -> Path | None:
@@ -82,7 +93,9 @@ class Run:
     """Stages of one build under `folder`, one build at a time.
 
     A stage is done when its `done.json` is there, was written for the same inputs, and every file
-    it lists still has its hash. Anything else is built again; a damaged file is named.
+    it lists still has its hash. Anything else is built again; a damaged file is named. The work of
+    an unfinished stage that left a record of its own (`PARTIAL`) for the same inputs finds its
+    folder as it left it; every other work begins in an empty one.
     """
 
     def __init__(self, folder: Path, say: Say) -> None:
@@ -126,12 +139,15 @@ class Run:
         if self._is_done(folder, key):
             self._say(f"{name}: done before")
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        self._say(f"{name}")
+        if _can_go_on(folder, key):
+            self._say(f"{name}: goes on where it stood")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+            self._say(f"{name}")
         work(folder)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         hashes = {str(p.relative_to(folder)): file_hash(p) for p in files}

@@ -144,7 +144,7 @@ def _live(
     processes: Processes,
 ) -> tuple[Source, None]:
     """A backbone as the source."""
-    from patch_retriever.activations.collect import LiveSource
+    from patch_retriever.activations.live import LiveSource
     from patch_retriever.backbones.load import load_backbone
     from patch_retriever.backbones.readout import PROMPTS, Readout
     from patch_retriever.data import all_items

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from patch_retriever.activations.store import StoreWriter
-from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
+from patch_retriever.activations.sampling import Sampler, tokens_per_item
+from patch_retriever.activations.sinks import SinkCounter
+from patch_retriever.activations.writer import StoreWriter
 from patch_retriever.backbones.families import final_norm_path
-from patch_retriever.backbones.inputs import item_batches
+from patch_retriever.backbones.inputs import WINDOW, item_batches
 from patch_retriever.backbones.load import as_read, set_readout
 from patch_retriever.backbones.pooling import (
     parts_of,
@@ -24,7 +26,6 @@ from patch_retriever.backbones.pooling import (
 )
 from patch_retriever.backbones.readout import LAST, Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles
-from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.items import Item
 from patch_retriever.patch.operators import Subtract
@@ -106,17 +107,33 @@ def _read_batches(
     batch_size: int,
     progress: Progress = no_progress,
     layers: Mapping[str, Subtract] | None = None,
+    skip: int = 0,
 ) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
     """Item numbers, features and the tokens (n, t, d) at the readout's site, by batches; of the
-    model that is patched at `layers`. Sets the inputs of the readout now: the probe reads its site,
-    so that the model ends there and keeps no list of all layers."""
+    model that is patched at `layers`, without the first `skip` items in the order of batches. Sets
+    the inputs of the readout now: the probe reads its site, so that the model ends there and keeps
+    no list of all layers."""
     transformer = as_read(transformer, replace(readout, site=LAST))
     probe, site = Probe(transformer), readout.site
     edits = {layer: subtract.on_stream for layer, subtract in (layers or {}).items()}
     return (
         (numbers, features, probe.read(features, [site], edits)[site])
-        for numbers, features in item_batches(transformer, items, batch_size, progress)
+        for numbers, features in item_batches(transformer, items, batch_size, progress, skip=skip)
     )
+
+
+class Tokens(NamedTuple):
+    """The tokens of a batch of whole items, without padding."""
+
+    activations_td: Tensor
+    roles_t: Tensor
+    pooled_t: Tensor
+    """Whether the readout's pooling reads them."""
+    items_t: Tensor
+    positions_t: Tensor
+    """Each token's place in its item, from 0."""
+    sink_t: Tensor
+    n_items: int
 
 
 def collect_tokens(
@@ -127,90 +144,69 @@ def collect_tokens(
     batch_size: int = 64,
     progress: Progress = no_progress,
     pairs: list[list[int]] | None = None,
+    tokens_wanted: int | None = None,
+    seed: int = 0,
+    key: str | None = None,
 ) -> None:
-    """Write the activations of every token at the readout's site into a store at `folder`.
+    """Write the activations of tokens at the readout's site into a store at `folder`.
 
-    `pairs` are numbers of items that belong together; they are kept beside the activations.
+    Args:
+        pairs: numbers of items that belong together; they are kept beside the activations.
+        tokens_wanted: about how many tokens to keep (see `sampling`); None: all of them.
+        seed: of which tokens are kept.
+        key: changes whenever the model, the items or the readout do. With it, a collection that
+            was stopped goes on at its last finished shard when the same call is made again (from
+            the window of batches in which that ended), and ends with the same bytes.
     """
-    writer = StoreWriter(folder)
-    for tokens in _token_batches(transformer, items, readout, batch_size, progress):
-        writer.add(*tokens)
-    writer.close(pairs)
+    per_item = tokens_per_item(len(items), tokens_wanted)
+    sampler = Sampler(per_item, seed)
+    settings = {"batch_size": batch_size, "per_item": per_item, "seed": seed, "n": len(items)}
+    identity = None if key is None else {"key": key, **settings}
+    writer = StoreWriter(folder, site=readout.site, identity=identity)
+    sinks = SinkCounter.from_state(writer.mark.state) if writer.mark.items else SinkCounter()
+    seen = writer.mark.items
+    found = token_batches(transformer, items, readout, batch_size, progress, sinks, seen)
+    with closing(found) as batches:
+        for tokens in batches:
+            kept_t = sampler.keeps(
+                tokens.items_t, tokens.positions_t, tokens.roles_t, tokens.pooled_t, tokens.sink_t
+            )
+            writer.add(*tokens[:4], tokens.sink_t, kept_t)
+            seen += tokens.n_items
+            if seen % (WINDOW * batch_size) == 0:
+                writer.set_mark(seen, sinks.state())
+    writer.close(pairs, sinks.report())
 
 
-def _token_batches(
+def token_batches(
     transformer: Transformer,
     items: Sequence[Item],
     readout: Readout,
     batch_size: int,
     progress: Progress = no_progress,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Activations (t, d), roles, whether pooled, and item numbers of all tokens, by batches."""
-    batches = _read_batches(transformer, items, readout, batch_size, progress)
+    sinks: SinkCounter | None = None,
+    skip: int = 0,
+) -> Generator[Tokens]:
+    """All tokens by batches, without the first `skip` items; their sinks are counted in `sinks`."""
+    batches = _read_batches(transformer, items, readout, batch_size, progress, skip=skip)
     roles_of = TokenRoles(transformer)
+    sinks = sinks or SinkCounter()
     for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"].bool()
         pooled_nt = pooling_weights(mask_nt, patched_part(readout.pooling)) > 0
         roles_nt = roles_of(features)
+        sink_nt = sinks.add(tokens_ntd, mask_nt, roles_nt)
         items_nt = torch.tensor(numbers)[:, None].expand(mask_nt.shape)
         mask_on_cpu_nt = mask_nt.cpu()
-        yield (
+        yield Tokens(
             tokens_ntd[mask_nt],
             roles_nt[mask_on_cpu_nt],
             pooled_nt[mask_nt],
             items_nt[mask_on_cpu_nt],
+            (mask_on_cpu_nt.cumsum(1) - 1)[mask_on_cpu_nt],
+            sink_nt[mask_nt],
+            len(numbers),
         )
-
-
-class LiveSource:
-    """A backbone as a source of training tokens: every block is computed when it is read.
-
-    Nothing is written to disk, and every epoch runs the backbone again. One item in
-    twenty is held out; every process takes its share of the others.
-    """
-
-    def __init__(
-        self,
-        transformer: Transformer,
-        items: Sequence[Item],
-        readout: Readout,
-        batch_size: int = 64,
-        items_in_block: int = 1024,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.transformer, self.items, self.readout = transformer, items, readout
-        self.batch_size, self.items_in_block = batch_size, items_in_block
-        self.rank, self.processes = rank, processes
-        held_out_n = is_held_out(torch.arange(len(items)))
-        held_out_n[-1] |= not held_out_n.any()  # of very few items, the last
-        self.held_out_items = [items[i] for i in held_out_n.nonzero()[:, 0].tolist()]
-        self.training = (~held_out_n).nonzero()[:, 0].tolist()
-        if len(self.training) < processes:
-            raise UserError(f"{len(items)} items are too few to train on; give more")
-
-    def epoch(self, generator: torch.Generator) -> list[list[int]]:
-        """Item numbers in a random order, `items_in_block` at a time."""
-        order = torch.randperm(len(self.training), generator=generator).tolist()
-        mine = [self.training[i] for i in order[self.rank :: self.processes]]
-        return in_blocks(mine, self.items_in_block)
-
-    def read(self, block: list[int]) -> Block:
-        """The tokens of some items."""
-        parts = list(self._tokens([self.items[number] for number in block]))
-        return Block(torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts]))
-
-    def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Up to `tokens` tokens of the items that `read` never gives, and their roles; about twice
-        as many are in memory at the most."""
-        parts = self._tokens(self.held_out_items)
-        return some_of(((activations_td, roles_t) for activations_td, roles_t, _ in parts), tokens)
-
-    def _tokens(self, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Activations in bf16, roles, and whether pooled, of all tokens of some items."""
-        batches = _token_batches(self.transformer, items, self.readout, self.batch_size)
-        for activations_td, roles_t, pooled_t, _ in batches:
-            yield activations_td.to(torch.bfloat16).cpu(), roles_t, pooled_t.cpu()
 
 
 def collect_features(

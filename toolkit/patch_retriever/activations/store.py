@@ -8,100 +8,56 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from patch_retriever.activations.sinks import SinkReport
 from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
+from patch_retriever.activations.writer import FORMAT, INDEX, pooled_sums
 from patch_retriever.errors import UserError
-from patch_retriever.files import file_hash, write_json, write_tensors
+from patch_retriever.files import file_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "index.json"
 FEW_ITEMS = 100
 """With fewer items than this, single tokens are held out instead of items."""
-
-
-class StoreWriter:
-    """Writes shards of about `tokens_per_shard` tokens; `close` writes the index last.
-
-    A store without an index is unfinished and is not read.
-    """
-
-    def __init__(self, folder: Path, tokens_per_shard: int = 16_384) -> None:
-        self.folder = folder
-        self.tokens_per_shard = tokens_per_shard
-        self._waiting: list[dict[str, Tensor]] = []
-        self._shards: list[dict[str, object]] = []
-        self._d = self._n_items = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / INDEX).unlink(missing_ok=True)
-
-    def add(
-        self, activations_td: Tensor, roles_t: Tensor, pooled_t: Tensor, items_t: Tensor
-    ) -> None:
-        """Add tokens: activations, role numbers, whether the readout's pooling reads them, and the
-        number of the item that they are part of."""
-        self._waiting.append(
-            {
-                "activations_td": activations_td.to(torch.bfloat16).cpu(),
-                "roles_t": roles_t.to(torch.uint8).cpu(),
-                "pooled_t": pooled_t.to(torch.uint8).cpu(),
-                "items_t": items_t.to(torch.int32).cpu(),
-            }
-        )
-        self._d = activations_td.shape[1]
-        if len(items_t):
-            self._n_items = max(self._n_items, int(items_t.max()) + 1)
-        if sum(len(w["roles_t"]) for w in self._waiting) >= self.tokens_per_shard:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        shard = {key: torch.cat([w[key] for w in self._waiting]) for key in self._waiting[0]}
-        self._waiting.clear()
-        name = f"shard-{len(self._shards):05d}.safetensors"
-        write_tensors(self.folder / name, shard)
-        self._shards.append(
-            {
-                "file": name,
-                "tokens": len(shard["roles_t"]),
-                "sha256": file_hash(self.folder / name),
-            }
-        )
-
-    def close(self, pairs: list[list[int]] | None = None) -> None:
-        """Write what is waiting and the index; `pairs` are the items that belong together."""
-        self._flush()
-        index = {"d": self._d, "items": self._n_items, "pairs": pairs or [], "shards": self._shards}
-        write_json(self.folder / INDEX, index)
 
 
 class Store:
     """A finished activation store, read a few shards at a time.
 
-    A shard's hash is checked when it is read for the first time.
+    A file's hash is checked when it is read for the first time. `site` is where its activations
+    were read and `sinks` what was found of sinks there, of all tokens that were collected; both are
+    None for stores of the first format, which did not look for sinks.
     """
 
     def __init__(self, folder: Path) -> None:
         """Open a store.
 
         Raises:
-            UserError: there is no finished store in the folder.
+            UserError: there is no finished store in the folder, or a newer version wrote it.
         """
         self.folder = folder
         try:
             index = json.loads((folder / INDEX).read_text())
+            written = int(index.get("format", 1))
             self.shards: list[dict[str, Any]] = index["shards"]
             self.pairs: list[list[int]] = index["pairs"]
             self.d, self.n_items = int(index["d"]), int(index["items"])
-        except (OSError, ValueError, KeyError, TypeError):
+            self.site: str | None = index.get("site")
+            found = index.get("sinks")
+            self.sinks = None if found is None else SinkReport.from_json(found)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{folder}: no finished activation store; `patch-retriever build` writes one to "
                 "OUT/run/collect"
             ) from None
+        if written > FORMAT:
+            raise UserError(
+                f"{folder}: an activation store of format {written}, and this version reads up to "
+                f"{FORMAT}; update patch-retriever"
+            )
         if not self.shards:
             raise UserError(f"{folder}: the activation store is empty; collect some items into it")
-        self._checked: set[int] = set()
+        self._checked: set[Path] = set()
 
     @property
     def n_tokens(self) -> int:
@@ -109,20 +65,26 @@ class Store:
         return sum(shard["tokens"] for shard in self.shards)
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """One shard: `activations_td` (bf16), `roles_t`, `pooled_t`, `items_t`.
+        """One shard: `activations_td` (bf16), `roles_t`, `pooled_t`, `items_t`, `sink_t`.
 
         Raises:
             UserError: the file is missing or not what was written.
         """
+        shard = self._load(self.shards[number])
+        if "sink_t" not in shard:
+            shard["sink_t"] = torch.zeros_like(shard["pooled_t"])
+        return shard
+
+    def _load(self, written: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a file that the index names with its hash."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        shard = self.shards[number]
-        path = self.folder / shard["file"]
+        path = self.folder / written["file"]
         try:
-            if number not in self._checked and file_hash(path) != shard["sha256"]:
+            if path not in self._checked and file_hash(path) != written["sha256"]:
                 raise ValueError("its bytes changed")
-            self._checked.add(number)
+            self._checked.add(path)
             return load_file(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
@@ -130,14 +92,15 @@ class Store:
             ) from None
 
     def training(self, number: int) -> tuple[Tensor, Tensor]:
-        """A shard's activations (t, d) and which are pooled (t,), without what is held out."""
+        """A shard's activations (t, d) and which are pooled (t,), without what is held out and
+        without sinks."""
         shard = self.read(number)
-        kept_t = ~self._is_held_out(number, shard)
+        kept_t = ~self._is_held_out(number, shard) & ~shard["sink_t"].bool()
         return shard["activations_td"][kept_t], shard["pooled_t"][kept_t].bool()
 
     def held_out(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Up to `tokens` tokens of held-out items, from all over the store: float32 activations
-        (t, d) and roles (t,)."""
+        """Up to `tokens` tokens of held-out items, from all over the store and without sinks:
+        float32 activations (t, d) and roles (t,)."""
         n = len(self.shards)
         # about one in twenty is held out; shards are alike in kind only within a stretch
         wanted = min(n, max(16, round(20 * tokens * n / self.n_tokens)))
@@ -149,7 +112,7 @@ class Store:
 
     def _held_out(self, number: int) -> tuple[Tensor, Tensor]:
         shard = self.read(number)
-        kept_t = self._is_held_out(number, shard)
+        kept_t = self._is_held_out(number, shard) & ~shard["sink_t"].bool()
         return shard["activations_td"][kept_t], shard["roles_t"][kept_t]
 
     def _is_held_out(self, number: int, shard: dict[str, Tensor]) -> Tensor:
@@ -160,7 +123,8 @@ class Store:
         return is_held_out(torch.arange(before, before + len(shard["items_t"])))
 
     def training_pairs(self) -> Tensor:
-        """Pooled vectors of the pairs of which no item is held out, (p, 2, d).
+        """Pooled vectors of the pairs of which no item is held out or has nothing but sinks to
+        pool, (p, 2, d).
 
         Raises:
             UserError: the store was collected without pairs.
@@ -168,20 +132,34 @@ class Store:
         pairs_p2 = torch.tensor(self.pairs, dtype=torch.long).view(-1, 2)
         if self.n_items >= FEW_ITEMS:
             pairs_p2 = pairs_p2[~is_held_out(pairs_p2).any(1)]
+        pooled_id, counts_i = self._pooled()
+        pairs_p2 = pairs_p2[(counts_i[pairs_p2] > 0).all(1)]
         if not len(pairs_p2):
             raise UserError(f"{self.folder}: no pairs in this store; shared concepts need them")
-        return self.pooled_vectors()[pairs_p2]
+        return pooled_id[pairs_p2]
 
     def pooled_vectors(self) -> Tensor:
-        """Every item's mean over the tokens that the readout's pooling reads, (items, d)."""
+        """Every item's mean over the tokens that the readout's pooling reads, sinks aside,
+        (items, d); of all of them, even where only some are stored. 0 where there are none."""
+        return self._pooled()[0]
+
+    def _pooled(self) -> tuple[Tensor, Tensor]:
+        """Every item's mean, and how many tokens it is of, (i,)."""
         sums_id, counts_i = torch.zeros(self.n_items, self.d), torch.zeros(self.n_items)
-        for number in range(len(self.shards)):
-            shard = self.read(number)
-            pooled_t = shard["pooled_t"].bool()
-            items_t = shard["items_t"][pooled_t].long()
-            sums_id.index_add_(0, items_t, shard["activations_td"][pooled_t].float())
-            counts_i.index_add_(0, items_t, torch.ones(len(items_t)))
-        return sums_id / counts_i.clamp(min=1)[:, None]
+        for number, shard in enumerate(self.shards):
+            sums = self._load(shard["sums"]) if "sums" in shard else pooled_sums(self.read(number))
+            items_i = sums["items_i"].long()
+            sums_id.index_add_(0, items_i, sums["sums_id"])
+            counts_i.index_add_(0, items_i, sums["counts_i"].float())
+        return sums_id / counts_i.clamp(min=1)[:, None], counts_i
+
+
+def sinks_text(store: Store) -> str:
+    """What was found of sinks where a store's activations were read: how many, where, how large."""
+    if store.sinks is None:
+        return "not looked for; an earlier version collected these activations"
+    warning = f" ({store.sinks.warning})" if store.sinks.warning else ""
+    return f"{store.sinks.to_text()}, at {store.site or 'an unnamed site'}{warning}"
 
 
 class StoreSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -33,18 +34,23 @@ def item_batches(
     batch_size: int,
     progress: Progress = no_progress,
     workers: int = WORKERS,
+    skip: int = 0,
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """(item numbers, preprocessed features on the model's device), similar lengths together.
+
+    The first `skip` items in this order are left out unread; if they are a number of whole windows
+    (`WINDOW` batches), the batches are those that come after them without `skip`.
 
     Raises:
         UserError: a picture cannot be read; the batches before it come first.
     """
     device = device_of(transformer)
     keys = [(item.kind, len(item.text or "")) for item in items]
-    order = sorted(range(len(items)), key=keys.__getitem__)
+    order = sorted(range(len(items)), key=keys.__getitem__)[skip:]
     batches = Preparer(transformer, workers).batches(Lazy(order, items.__getitem__), batch_size)
-    for positions, features in progress(batches, -(-len(items) // batch_size)):
-        yield [order[n] for n in positions], on_device(features, device)
+    with closing(batches):  # its threads end with it, whoever fails
+        for positions, features in progress(batches, -(-len(order) // batch_size)):
+            yield [order[n] for n in positions], on_device(features, device)
 
 
 def preprocessed(transformer: Transformer, loaded: list[Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ scores = model.similarity(queries, documents)
   prompt.
 {% endif %}
 - **patch**: {{ exported }} ({{ setting }}), which needs {{ needs }}; operators: {{ operators }}.
+- **attention sinks**: {{ sinks }}.
 {% if adapter %}
 - **adapter**: {{ adapter }}.
 {% endif %}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 import patch_retriever
+from patch_retriever.activations.store import Store, sinks_text
 from patch_retriever.backbones.placement import device_of
 from patch_retriever.concepts.query import TABLE
 from patch_retriever.config import BuildConfig
@@ -92,6 +93,7 @@ def write_report(
         warning=data.warning,
         readout=readout.name,
         readouts=sorted(tried.items(), key=lambda one: -one[1]),
+        sinks=sinks_text(Store(run / "collect")),
         sae={"n_concepts": sae.n_concepts, "d_in": sae.d_in, **metrics},
         patch=patch.about,
         operators=operators(patch),
