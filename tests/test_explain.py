@@ -38,7 +38,9 @@ def similarity(retriever, query, document, **options):
 
 
 def total(explanation, when):
-    parts = (*explanation.concepts, explanation.geometry, explanation.residual)
+    parts = [*explanation.concepts, explanation.geometry, explanation.residual]
+    if explanation.last_token is not None:
+        parts.append(explanation.last_token)
     return sum(getattr(part, when) for part in parts)
 
 
@@ -208,7 +210,7 @@ def test_as_json_it_holds_everything():
         "document": 2.0,
         "strength": 1.0,
     }
-    assert set(values) == {"score", "concepts", "geometry", "residual"}
+    assert set(values) == {"score", "concepts", "geometry", "residual", "last_token"}
 
 
 def test_labels_say_what_the_table_of_a_build_has(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from handmade import ITEMS, READOUTS, C, make_patches, make_sae
+from patch_retriever.backbones.cut import cut_at
 from patch_retriever.backbones.load import load_backbone
 from patch_retriever.backbones.readout import LAST
 from patch_retriever.backbones.roles import ROLES, image_grids
@@ -120,7 +121,7 @@ def left_without(transformer, readout, sae, item, hidden, j):
     if readout.site != LAST:
         tokens_td = out.hidden_states[int(readout.site.removeprefix("layers.")) + 1][0]
     codes_t = sae.encode(tokens_td)[:, j]
-    if readout.pooling == "mean":
+    if readout.pooling != "lasttoken":
         return sum(float(code) for t, code in enumerate(codes_t) if t != hidden) / n
     return 0.0 if hidden == n - 1 else float(codes_t[-1])
 
@@ -136,14 +137,14 @@ def test_influence_is_what_the_pooled_activation_loses_without_a_token(
         layer.self_attn.o_proj.weight.mul_(20)
     (heat,) = token_heat(transformer, readout, sae, [item], CONCEPTS)
     (found,) = token_influence(transformer, readout, sae, [item], CONCEPTS, batch_size=7)
-    n = len(heat.tokens)
+    ended, n = cut_at(transformer, readout.cut), len(heat.tokens)
     assert found.codes_tm.shape == (n, len(CONCEPTS))
     assert found.patches(0) is None if number == 1 else found.patches(0).shape == GRID
     assert float(found.codes_tm[:-1].abs().max()) > 0.01
     pooled_m = heat.weights_t @ heat.codes_tm
     for hidden in (0, 1, 3, n // 2, n - 2, n - 1):
         for j, concept in enumerate(CONCEPTS.tolist()):
-            left = left_without(transformer, readout, sae, item, hidden, concept)
+            left = left_without(ended, readout, sae, item, hidden, concept)
             expected = float(pooled_m[j]) - left
             assert float(found.codes_tm[hidden, j]) == pytest.approx(expected, abs=1e-4)
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.patch import fit
-from patch_retriever.patch.fit import ContrastiveSettings, GradedTask
+from patch_retriever.patch.fit import ConceptCodes, ContrastiveSettings, GradedTask
+from patch_retriever.sae.codes import Codes
 
 PER_KIND, D = 30, 12
 KINDS_N = torch.arange(3).repeat_interleave(PER_KIND)
@@ -58,14 +59,14 @@ def loss_of(step, one, temperature):
 
 
 def test_it_lowers_the_loss_of_every_task():
-    found = fit.contrastive(X_ND, KINDS_N, START, TASKS, QUICK, seed=0)
+    found, _ = fit.contrastive(X_ND, KINDS_N, START, TASKS, QUICK, seed=0)
     for one in TASKS:
         before, after = (loss_of(step, one, QUICK.temperature) for step in (START, found))
         assert after < 0.8 * before
 
 
 def test_it_begins_where_the_closed_form_ends():
-    still = fit.contrastive(X_ND, KINDS_N, START, TASKS, ContrastiveSettings(steps=0), seed=0)
+    still, _ = fit.contrastive(X_ND, KINDS_N, START, TASKS, ContrastiveSettings(steps=0), seed=0)
     assert torch.equal(still.weight_gde, START.weight_gde)
     assert torch.equal(still.bias_ge, START.bias_ge)
     assert still.by == "modality"
@@ -73,9 +74,9 @@ def test_it_begins_where_the_closed_form_ends():
 
 def test_the_scale_of_the_vectors_does_not_matter():
     """As far as the closed form it starts from does not depend on it."""
-    found = fit.contrastive(X_ND, KINDS_N, START, TASKS, QUICK, seed=0)
+    found, _ = fit.contrastive(X_ND, KINDS_N, START, TASKS, QUICK, seed=0)
     start = fit.cca(100 * X_ND, KINDS_N, PAIRS, 0.8, 8)
-    other = fit.contrastive(100 * X_ND, KINDS_N, start, TASKS, QUICK, seed=0)
+    other, _ = fit.contrastive(100 * X_ND, KINDS_N, start, TASKS, QUICK, seed=0)
     unit = torch.nn.functional.normalize
     e_ne, other_ne = (
         unit(step.by_kind(x_nd, KINDS_N), dim=1)
@@ -87,7 +88,7 @@ def test_the_scale_of_the_vectors_does_not_matter():
 def test_the_same_seed_gives_the_same_map():
     few = ContrastiveSettings(steps=5, queries=7, documents=9)
     first, second, other = (
-        fit.contrastive(X_ND, KINDS_N, START, TASKS, few, seed).weight_gde for seed in (3, 3, 4)
+        fit.contrastive(X_ND, KINDS_N, START, TASKS, few, seed)[0].weight_gde for seed in (3, 3, 4)
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
@@ -121,9 +122,26 @@ def test_an_item_is_no_negative_of_itself():
     near = [((i + 1) % PER_KIND,) for i in range(PER_KIND)]
     one = GradedTask.of(items, items, near)
     few = ContrastiveSettings(steps=40)
-    found = fit.contrastive(X_ND, KINDS_N, START, (one,), few, seed=0)
+    found, _ = fit.contrastive(X_ND, KINDS_N, START, (one,), few, seed=0)
     assert bool(torch.isfinite(found.weight_gde).all())
     assert loss_of(found, one, 0.1) < loss_of(START, one, 0.1)
+
+
+def test_a_concept_that_misleads_is_subtracted():
+    """One concept is added to items at random, another one tells nothing and is never active."""
+    fires_n = torch.rand(3 * PER_KIND, generator=torch.Generator().manual_seed(5)) < 0.5
+    row_d = torch.nn.functional.normalize(normal(D, seed=6), dim=0)
+    x_nd = X_ND + 6 * fires_n[:, None] * row_d
+    codes_nc = torch.stack([6.0 * fires_n, torch.zeros(3 * PER_KIND)], 1)
+    start = fit.cca(x_nd, KINDS_N, PAIRS, 0.8, 8)
+    concepts = ConceptCodes(Codes.from_dense(codes_nc), torch.stack([row_d, normal(D, seed=7)]))
+    longer = ContrastiveSettings(steps=150)
+    found, strength_c = fit.contrastive(x_nd, KINDS_N, start, TASKS, longer, 0, concepts)
+    assert 0.2 < float(strength_c[0]) <= 1
+    assert float(strength_c[1]) == 0
+    alone, nothing = fit.contrastive(x_nd, KINDS_N, start, TASKS, longer, 0)
+    assert nothing is None
+    assert not torch.equal(alone.weight_gde, found.weight_gde)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0])

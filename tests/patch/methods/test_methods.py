@@ -15,7 +15,7 @@ from patch_retriever.patch.methods import methods
 CALIBRATION = make_calibration()
 WITHOUT_GATE = replace(CALIBRATION, gate=None)
 METHODS = {method.name: method for method in methods(CALIBRATION)}
-CONTROLS = [name for name in METHODS if "random" in name]
+CONTROLS = [name for name in METHODS if "random" in name or "shuffled" in name]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def assert_valid(patch):
         assert torch.allclose(embedded_ne.norm(dim=1), torch.ones(N), atol=1e-4)
     if patch.subtract is not None:
         strength_m = patch.subtract.strength_m
-        assert bool(((strength_m > 0) & (strength_m <= 1)).all())
+        assert bool(((strength_m != 0) & (strength_m.abs() <= 1)).all())
+        assert bool((strength_m > 0).all()) or "learned with the alignment" in patch.about["reason"]
     json.dumps(patch.about)
 
 

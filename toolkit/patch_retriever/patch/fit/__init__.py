@@ -7,7 +7,12 @@ pairs take `groups`, too: the item numbers of each group that the operator tells
 """
 
 from patch_retriever.patch.fit.alignment import cca, procrustes, ridge
-from patch_retriever.patch.fit.contrastive import ContrastiveSettings, GradedTask, contrastive
+from patch_retriever.patch.fit.contrastive import (
+    ConceptCodes,
+    ContrastiveSettings,
+    GradedTask,
+    contrastive,
+)
 from patch_retriever.patch.fit.erasure import leace, remove_subspace
 from patch_retriever.patch.fit.gate import fit_gate
 from patch_retriever.patch.fit.geometry import (
@@ -22,6 +27,7 @@ from patch_retriever.patch.fit.geometry import (
 )
 
 __all__ = [
+    "ConceptCodes",
     "ContrastiveSettings",
     "GradedTask",
     "all_but_the_top",

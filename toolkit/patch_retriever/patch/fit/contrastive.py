@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patch_retriever.patch.operators import Affine
+from patch_retriever.sae.codes import Codes
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class GradedTask:
 
 
 @dataclass(frozen=True)
+class ConceptCodes:
+    """The items' pooled codes, and what every concept adds to the vectors that are aligned: a row
+    (w,) of `dictionary_cw` for a concept."""
+
+    codes: Codes
+    dictionary_cw: Tensor
+
+
+@dataclass(frozen=True)
 class ContrastiveSettings:
     """How the alignment is learned."""
 
@@ -67,6 +77,8 @@ class ContrastiveSettings:
     queries: int = 512
     documents: int = 4096
     """In a step, beside those that are relevant to its queries."""
+    strength_lr: float = 0.03
+    """Of the concepts' strengths, where they are learned too."""
 
 
 def contrastive(
@@ -76,20 +88,27 @@ def contrastive(
     tasks: Sequence[GradedTask],
     settings: ContrastiveSettings,
     seed: int,
-) -> Affine:
+    concepts: ConceptCodes | None = None,
+) -> tuple[Affine, Tensor | None]:
     """`start`, an affine map for each kind, changed so that every task's queries are nearer to
-    what is relevant to them than to its other documents.
+    what is relevant to them than to its other documents; with `concepts` also how much of each to
+    subtract before it, (c,) in [-1, 1]: below zero there is more of it.
 
     Steps take the tasks in turn. The loss of a query is - log of the share of relevant documents
     in the softmax of all cosines over the temperature (InfoNCE with several positives); the query's
-    own item counts only where it is relevant. Only the maps change, so that a step costs two
-    products.
+    own item counts only where it is relevant. No weight of a model changes, so that a step costs a
+    few products.
     """
     generator = torch.Generator().manual_seed(seed)
     scale_g11 = start.weight_gde.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
     weight_gde = torch.zeros_like(start.weight_gde, requires_grad=True)
     bias_ge = torch.zeros_like(start.bias_ge, requires_grad=True)
-    optimizer = torch.optim.Adam([weight_gde, bias_ge], settings.lr)
+    rates = [([weight_gde, bias_ge], settings.lr)]
+    strength_c = None
+    if concepts is not None:
+        strength_c = x_nd.new_zeros(len(concepts.dictionary_cw), requires_grad=True)
+        rates.append(([strength_c], settings.strength_lr))
+    optimizer = torch.optim.Adam([{"params": params, "lr": lr} for params, lr in rates])
 
     def current() -> tuple[Tensor, Tensor]:
         return (
@@ -97,27 +116,30 @@ def contrastive(
             start.bias_ge + scale_g11[:, 0] * bias_ge,
         )
 
+    def embedded(items_m: Tensor) -> Tensor:
+        x_md = x_nd[items_m]
+        if concepts is not None and strength_c is not None:
+            codes = concepts.codes[items_m].scaled(strength_c.clamp(-1, 1))
+            x_md = x_md - codes.matmul(concepts.dictionary_cw)
+        return _embedded(x_md, kinds_n[items_m], *current())
+
     for step in range(settings.steps):
         queries_q, documents_m, relevant_qm = tasks[step % len(tasks)].batch(
             settings.queries, settings.documents, generator
         )
-        weights, biases = current()
-        q_qe, d_me = (
-            _embedded(x_nd[items], kinds_n[items], weights, biases)
-            for items in (queries_q, documents_m)
-        )
-        scores_qm = q_qe @ d_me.T / settings.temperature
+        scores_qm = embedded(queries_q) @ embedded(documents_m).T / settings.temperature
         itself_qm = (queries_q[:, None] == documents_m[None, :]) & ~relevant_qm
         scores_qm = scores_qm.masked_fill(itself_qm, -torch.inf)
         found_q = scores_qm.masked_fill(~relevant_qm, -torch.inf).logsumexp(1)
         loss = (scores_qm.logsumexp(1) - found_q).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * (1 - step / settings.steps)
+        for group, (_, lr) in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * (1 - step / settings.steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     weights, biases = (tensor.detach() for tensor in current())
-    return replace(start, name="contrastive", weight_gde=weights, bias_ge=biases)
+    aligned = replace(start, name="contrastive", weight_gde=weights, bias_ge=biases)
+    return aligned, None if strength_c is None else strength_c.detach().clamp(-1, 1)
 
 
 def _embedded(x_nd: Tensor, kinds_n: Tensor, weight_gde: Tensor, bias_ge: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.methods import (
     alignment,
     combinations,
+    contrastive,
     gains,
     geometry,
     layers,
@@ -42,3 +43,4 @@ def methods(c: Calibration) -> Iterator[Method]:
     if c.gate is not None and 0 in c.pairs_to_images:
         yield from alignment.rows(c)
         yield from combinations.rows(c)
+        yield from contrastive.rows(c)

@@ -11,9 +11,6 @@ from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.operators import Affine, Subtract
 
 _PENALTIES = (0.01, 0.1, 1.0)
-_TEMPERATURES = (0.05, 0.1)
-_START = 0.5
-"""Shrinkage of the CCA that the contrastive alignment starts from."""
 MAX_CANONICAL = 128
 """Canonical dimensions that CCA keeps at the most."""
 
@@ -23,7 +20,7 @@ _MEAN_WEIGHTS = (0.5, 1.0)
 
 
 def rows(c: Calibration) -> Iterator[Method]:
-    """Closed forms with statistics per modality, and one that learns on from CCA."""
+    """Closed forms with statistics per modality."""
     yield Method("Procrustes", "pairs", lambda: one_patch(c, procrustes(c)))
     weights = _MEAN_WEIGHTS if c.n_parts > 1 else (None,)
     weighed = [{} if w is None else {"mean_weight": w} for w in weights]
@@ -39,12 +36,6 @@ def rows(c: Calibration) -> Iterator[Method]:
         "pairs",
         lambda shrinkage: one_patch(c, fit.ridge(x_nd, kinds_n, c.pairs_to_images, shrinkage)),
         tuple({"shrinkage": s} for s in _PENALTIES),
-    )
-    yield Method(
-        "contrastive alignment",
-        "pairs",
-        lambda **setting: one_patch(c, *contrastive(c, **setting)),
-        tuple({"temperature": t, **w} for w in weighed for t in _TEMPERATURES),
     )
 
 
@@ -67,13 +58,3 @@ def cca(
     x_nd = c.vectors_after(before, subtract)
     r = min(x_nd.shape[1], MAX_CANONICAL)
     return (*before, fit.cca(x_nd, c.kinds_n, c.pairs_to_images, shrinkage, r))
-
-
-def contrastive(
-    c: Calibration, temperature: float, mean_weight: float | None = None
-) -> tuple[Affine, ...]:
-    """CCA, and from there by gradient steps on all tasks of calibration."""
-    *before, start = cca(c, _START, mean_weight)
-    x_nd = c.vectors_after(tuple(before), None)
-    settings = fit.ContrastiveSettings(temperature=temperature)
-    return (*before, fit.contrastive(x_nd, c.kinds_n, start, c.tasks, settings, c.seed))

@@ -1,0 +1,89 @@
+"""An alignment learned from pairs by a contrastive loss, by itself and together with concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from patch_retriever.patch import fit
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.methods.alignment import cca
+from patch_retriever.patch.methods.method import DRAWS, Method, one_patch
+from patch_retriever.patch.operators import Subtract
+
+_SHRINKAGE, _MEAN_WEIGHT = 0.5, 1.0
+"""Of the CCA that it starts from."""
+_LEAST = 0.02
+"""Strength below which a concept is left alone."""
+
+
+def rows(c: Calibration) -> Iterator[Method]:
+    """The alignment; with the strength of every concept learned beside it, before the mean; and the
+    control, in which what is subtracted is another concept's row.
+
+    Concepts fire or not, which no affine map can say: so there is something that they can add to
+    the best of maps. The control has that as well.
+    """
+    yield Method("contrastive alignment", "pairs", lambda: [_aligned(c)])
+    yield Method("contrastive alignment with concepts", "pairs", lambda: _patches(c, [None]))
+    yield Method(
+        "contrastive alignment with shuffled concepts",
+        "pairs",
+        lambda: _patches(c, range(DRAWS)),
+        control=True,
+    )
+
+
+def _patches(c: Calibration, draws: Iterable[int | None]) -> list[Patch]:
+    """One for each draw that subtracts anything, learned once."""
+    for draw in draws:
+        if (key := ("contrastive", draw)) not in c.cache:
+            c.cache[key] = _with_concepts(c, draw)
+    return [patch for draw in draws for patch in c.cache["contrastive", draw]]
+
+
+def _aligned(c: Calibration) -> Patch:
+    if "contrastive" not in c.cache:
+        *before, start = cca(c, _SHRINKAGE, _mean_weight(c))
+        x_nd = c.vectors_after(tuple(before), None)
+        settings = fit.ContrastiveSettings()
+        step, _ = fit.contrastive(x_nd, c.kinds_n, start, c.tasks, settings, c.seed)
+        (c.cache["contrastive"],) = one_patch(c, *before, step)
+    return c.cache["contrastive"]
+
+
+def _with_concepts(c: Calibration, draw: int | None) -> list[Patch]:
+    """Both learned together; in a `draw` of the control another row stands for every concept."""
+    rows_c = torch.arange(c.sae.n_concepts)
+    if draw is not None:
+        generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
+        rows_c = torch.randperm(c.sae.n_concepts, generator=generator)
+    *before, start = cca(c, _SHRINKAGE, _mean_weight(c))
+    x_nd = c.vectors_after(tuple(before), None)
+    dictionary_cw = c.dictionary_cw[rows_c]
+    for step in before:
+        dictionary_cw = dictionary_cw @ step.weight_gde[0]
+    step, strength_c = fit.contrastive(
+        x_nd,
+        c.kinds_n,
+        start,
+        c.tasks,
+        fit.ContrastiveSettings(),
+        c.seed,
+        fit.ConceptCodes(c.features.codes, dictionary_cw),
+    )
+    assert strength_c is not None
+    strength_c = torch.where(strength_c.abs() < _LEAST, 0.0, strength_c)
+    if not bool(strength_c.any()):
+        return []
+    subtract = Subtract.from_sae(c.sae, strength_c)
+    subtract = replace(subtract, W_dec_md=c.sae.W_dec_cd[rows_c[subtract.concepts_m]])
+    reason = "strengths learned with the alignment"
+    return one_patch(c, *before, step, subtract=subtract, reason=reason)
+
+
+def _mean_weight(c: Calibration) -> float | None:
+    return _MEAN_WEIGHT if c.n_parts > 1 else None
