@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from patch_retriever.patch.gains import GainSettings, _info_nce, learn_gains
+from patch_retriever.patch.gains import (
+    Components,
+    GainSettings,
+    _info_nce,
+    learn_gains,
+)
 
 N_PAIRS, C, D = 150, 12, 16
 DISTRACTORS = [1, 4, 8, 11]
@@ -33,7 +38,9 @@ def planted():
 def learn(planted, pairs_n2=None, settings=SETTINGS, seed=0):
     codes_nc, dictionary_cd, true_n2 = planted
     pairs = [true_n2 if pairs_n2 is None else pairs_n2]
-    return learn_gains(codes_nc @ dictionary_cd, codes_nc, dictionary_cd, pairs, settings, seed)
+    return learn_gains(
+        codes_nc @ dictionary_cd, Components(codes_nc, dictionary_cd), pairs, settings, seed
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def test_directions_take_turns(planted, gains):
     codes_nc, dictionary_cd, pairs_n2 = planted
     base_nd = codes_nc @ dictionary_cd
     both = [pairs_n2, pairs_n2.flip(1)]
-    found = learn_gains(base_nd, codes_nc, dictionary_cd, both, SETTINGS, 0)
+    found = learn_gains(base_nd, Components(codes_nc, dictionary_cd), both, SETTINGS, 0)
     assert torch.allclose(found, gains, atol=0.1)  # the loss is symmetric
     assert float(found[DISTRACTORS].max()) < 0.3
 

@@ -62,6 +62,12 @@ class Subtract:
             return self
         return Subtract(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
+    def is_like(self, other: Subtract) -> bool:
+        """Whether both take the same concepts of the same SAE by the same strengths."""
+        return torch.equal(self.concepts_m, other.concepts_m) and torch.equal(
+            self.strength_m, other.strength_m
+        )
+
     def keeping(self, concepts: Collection[int]) -> Subtract:
         """The same without some concepts (numbers in the SAE), which stay in."""
         if not concepts:
@@ -86,9 +92,7 @@ class Subtract:
         Exact for linear poolings (mean, last token): pool(h - sum a z d) = pool(h) - sum a
         pool(z) d.
         """
-        dictionary_cd = torch.zeros(codes.n_concepts, pooled_nd.shape[1])
-        dictionary_cd[self.concepts_m] = self.W_dec_md * self.strength_m[:, None]
-        return pooled_nd - codes.matmul(dictionary_cd)
+        return pooled_nd - codes.of(self.concepts_m).scaled(self.strength_m).matmul(self.W_dec_md)
 
 
 @dataclass(frozen=True)

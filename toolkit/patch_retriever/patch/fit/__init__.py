@@ -1,8 +1,8 @@
 """Fitting the affine operators: statistics from calibration vectors, closed forms only.
 
-Every function takes the vectors `x_nd` as they are where the operator will stand. Those without
-pairs take `groups`, too: the item numbers of each group that the operator tells apart
-(`GROUPS[by]`). A group with too few items takes the statistics of all.
+Every function takes the statistics of vectors as they are where the operator will stand:
+`Statistics` by groups of items, or `PairStatistics`. One object serves all settings: what it holds
+is computed when it is first needed, and once.
 """
 
 from patch_retriever.patch.fit.alignment import cca, procrustes, ridge
@@ -17,12 +17,22 @@ from patch_retriever.patch.fit.geometry import (
     standardise,
     zca_whiten,
 )
+from patch_retriever.patch.fit.statistics import (
+    Moments,
+    PairStatistics,
+    Statistics,
+    fitting_device,
+)
 
 __all__ = [
+    "Moments",
+    "PairStatistics",
+    "Statistics",
     "all_but_the_top",
     "cca",
     "centre",
     "fit_gate",
+    "fitting_device",
     "leace",
     "pca_whiten",
     "principal_gains",

@@ -15,29 +15,22 @@ _PENALTIES = (0.01, 0.1, 1.0)
 
 def rows(c: Calibration) -> Iterator[Method]:
     """Closed forms with statistics per modality."""
-    yield Method("Procrustes", "pairs", lambda: one_patch(c, procrustes(c)))
+    yield Method("Procrustes", "pairs", lambda: one_patch(c, fit.procrustes(c.vectors().pairs)))
     yield Method(
         "CCA",
         "pairs",
         lambda shrinkage: one_patch(c, cca(c, shrinkage)),
         tuple({"shrinkage": s} for s in BETAS),
     )
-    x_nd, kinds_n = c.features.pooled_nd, c.kinds_n
     yield Method(
         "ridge regression",
         "pairs",
-        lambda shrinkage: one_patch(c, fit.ridge(x_nd, kinds_n, c.pairs_to_images, shrinkage)),
+        lambda shrinkage: one_patch(c, fit.ridge(c.vectors().pairs, shrinkage)),
         tuple({"shrinkage": s} for s in _PENALTIES),
     )
 
 
-def procrustes(c: Calibration, *before: Affine, subtract: Subtract | None = None) -> Affine:
-    """Rotations of what `subtract` and the maps `before` leave."""
-    return fit.procrustes(c.vectors_after(before, subtract), c.kinds_n, c.pairs_to_images)
-
-
 def cca(c: Calibration, shrinkage: float, subtract: Subtract | None = None) -> Affine:
     """CCA of what `subtract` leaves, in at most 128 dimensions."""
-    x_nd = c.vectors_after((), subtract)
-    r = min(x_nd.shape[1], 128)
-    return fit.cca(x_nd, c.kinds_n, c.pairs_to_images, shrinkage, r)
+    r = min(c.features.pooled_nd.shape[1], 128)
+    return fit.cca(c.vectors(subtract).pairs, shrinkage, r)
