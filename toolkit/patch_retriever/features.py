@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +33,16 @@ class Features:
     def reconstructed(self, sae: SparseAutoencoder) -> Tensor:
         """Pooled vectors as the SAE rebuilds them, (n, d): what it misses is what they lack."""
         return self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+
+    def some(self, items_m: Tensor) -> Features:
+        """Those of some items alone."""
+        return replace(
+            self,
+            pooled_nd=self.pooled_nd[items_m],
+            mean_nd=self.mean_nd[items_m],
+            codes=self.codes[items_m],
+            kinds_n=self.kinds_n[items_m],
+        )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

@@ -40,7 +40,8 @@ class Calibration:
 
     `sae` and `concepts` are of activations at the readout or, where there is one, at the `layer`.
     `query_items` and `document_items` are item numbers by role, `pairs` are (query, relevant
-    document) items by direction, each (n, 2). Methods are fitted on `device`.
+    document) items by direction, each (n, 2). Methods are fitted on `device`. Where the split has
+    too many items, these are a sample of its `of_items` (`sampled_items`).
     """
 
     site: str
@@ -54,6 +55,7 @@ class Calibration:
     seed: int
     layer: Layer | None = None
     device: str = "cpu"
+    of_items: int | None = None
 
     def without(self, subtract: Subtract) -> Calibration:
         """The same items by the model without what is subtracted at the layer."""

@@ -155,7 +155,9 @@ def _info_nce(q_nd: Tensor, d_nd: Tensor, places_n2: Tensor, temperature: float)
     target_n = torch.arange(len(q_nd), device=q_nd.device)
     loss = q_nd.new_zeros(())
     for side, scores in ((1, scores_nn), (0, scores_nn.T)):
-        same_nn = places_n2[:, side][:, None] == places_n2[:, side][None, :]
-        same_nn.fill_diagonal_(False)
-        loss = loss + torch.nn.functional.cross_entropy(scores.masked_fill(same_nn, -1e4), target_n)
+        places_n = places_n2[:, side]
+        if len(places_n.unique()) < len(places_n):
+            same_nn = places_n[:, None] == places_n[None, :]
+            scores = scores.masked_fill(same_nn.fill_diagonal_(False), -1e4)
+        loss = loss + torch.nn.functional.cross_entropy(scores, target_n)
     return loss / 2

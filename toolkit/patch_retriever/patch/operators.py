@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -159,15 +160,33 @@ class Gate:
 def apply_maps(
     maps: tuple[Affine, ...], gate: Gate | None, x_nd: Tensor, mean_nd: Tensor, role: int
 ) -> Tensor:
-    """`maps` in order on pooled vectors; `mean_nd`, the raw tokens' means, decide the kind."""
+    """`maps` in order on pooled vectors; `mean_nd`, the raw tokens' means, decide the kind.
+
+    Every item is multiplied once: by what the telescope of `apply_composed` comes to for its
+    switches.
+    """
+    if not maps:
+        return x_nd
     weight_kde, bias_ke = compose(maps, x_nd.shape[1], role)
-    return apply_composed(weight_kde, bias_ke, gate, x_nd, mean_nd)
+    if gate is None or all(step.by != "modality" for step in maps):
+        return x_nd @ weight_kde[0] + bias_ke[0]
+    steps_kde, steps_ke = weight_kde.diff(dim=0), bias_ke.diff(dim=0)
+    switch_n2 = gate.switches(mean_nd).bool()
+    out_ne = x_nd.new_empty(len(x_nd), bias_ke.shape[1])
+    for switches in product((False, True), repeat=2):
+        rows = (switch_n2 == torch.tensor(switches)).all(1).nonzero()[:, 0]
+        weight_de, bias_e = weight_kde[0], bias_ke[0]
+        for k, switch in enumerate(switches):
+            if switch:
+                weight_de, bias_e = weight_de + steps_kde[k], bias_e + steps_ke[k]
+        out_ne[rows] = x_nd[rows] @ weight_de + bias_e
+    return out_ne
 
 
 def apply_composed(
     weight_kde: Tensor, bias_ke: Tensor, gate: Gate | None, x_nd: Tensor, mean_nd: Tensor
 ) -> Tensor:
-    """As `apply_maps`, for maps that are one already (`compose`)."""
+    """As `apply_maps`, for maps that are one already (`compose`); differentiable."""
     out_ne = x_nd @ weight_kde[0] + bias_ke[0]
     if gate is None:
         return out_ne
