@@ -103,7 +103,8 @@ class Codes:
     def to(self, device: torch.device | str) -> Codes:
         """The same on a device."""
         entries = (self.starts_n1, self.concepts_e, self.values_e)
-        return Codes(*(tensor.to(device) for tensor in entries), self.n_concepts)
+        starts_n1, concepts_e, values_e = (tensor.to(device) for tensor in entries)
+        return Codes(starts_n1, concepts_e, values_e, self.n_concepts)
 
     def counts(self) -> Tensor:
         """How many items each concept is active in, (c,)."""
