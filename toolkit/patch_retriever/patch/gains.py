@@ -50,8 +50,8 @@ class Parts(Protocol):
 class CentredCodes:
     """Codes less the mean of their item's kind, times the dictionary.
 
-    `means_kc` are the mean codes by the numbers in `kinds_n`; a row of zeros leaves codes as they
-    are. (z - mean) D is the active entries' rows of D less one product for each kind.
+    `means_kc` are the mean codes, `kinds_n` every item's row there; a row of zeros leaves codes as
+    they are. (z - mean) D is the active entries' rows of D less one product for each kind.
     """
 
     codes: Codes
@@ -63,8 +63,9 @@ class CentredCodes:
     def of(cls, codes: Codes, kinds_n: Tensor, dictionary_cd: Tensor) -> CentredCodes:
         """Codes less the mean of their kind; those of no kind (-1) as they are."""
         means = [codes[torch.eq(kinds_n, k).nonzero()[:, 0]].mean() for k in range(3)]
-        means_kc = torch.stack([*means, torch.zeros(codes.n_concepts)])  # -1 is the last
-        return cls(codes, means_kc, kinds_n.long(), dictionary_cd)
+        means_kc = torch.stack([*means, torch.zeros(codes.n_concepts)])
+        rows_n = torch.where(kinds_n < 0, len(means), kinds_n.long())
+        return cls(codes, means_kc, rows_n, dictionary_cd)
 
     @property
     def n_gains(self) -> int:
