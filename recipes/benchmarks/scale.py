@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from patch_retriever.data import Data
     from patch_retriever.patch.calibration import Calibration
     from patch_retriever.patch.methods import Method
+    from patch_retriever.stages.features import PatchedFeatures
 
 STAGES = ("collect", "sae", "features", "score", "select", "evaluate")
 ONE_SETTING = plan.Fits(spectra=40, svds=5, solves=2, gains=2, patches=40, shown=40)
 """One setting of every method."""
 WITHIN = 0.2
 """Of the plan: how far a run may be from it in memory and on disk."""
-SHARES = (0.5, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class Size:
     @property
     def sizes(self) -> plan.Sizes:
         """What the plan follows from; vectors' codes are as sparse as one token's."""
-        splits = [plan.Split.of_pairs(round(share * self.pairs)) for share in SHARES]
+        calibration, validation, test = splits(self.pairs)
         return plan.Sizes(
-            *splits,
+            calibration,
+            validation,
+            test,
             width=self.width,
             concepts=self.concepts,
             active=self.active,
@@ -66,7 +68,15 @@ class Size:
         )
 
 
-QUICK = Size(width=128, concepts=1024, pairs=400, image_tokens=50, sae_steps=10)
+def splits(pairs: int) -> tuple[plan.Split, plan.Split, plan.Split]:
+    """Calibration, validation and test, as a build divides so many pairs."""
+    from patch_retriever.retrieval.pairs import SHARES
+
+    parts = {name: plan.Split.of_pairs(round(share * pairs)) for name, share in SHARES.items()}
+    return parts["calibration"], parts["validation"], parts["test"]
+
+
+QUICK = Size(width=64, concepts=512, pairs=200, image_tokens=50, sae_steps=10)
 
 
 @click.command()
@@ -113,7 +123,7 @@ def main(quick: bool, threads: int, as_json: bool, worker: tuple[str, str, str] 
         f"goal: within {WITHIN:.0%}, {'met' if met else 'missed'}",
         "",
         "A 7B model, 50,000 pairs:",
-        *plan.to_text(seven_billion := plan.to_json(large(), plan.ACCELERATOR)),
+        *plan.plan_lines(seven_billion := plan.plan_json(large(), plan.ACCELERATOR)),
     )
     settings = {**asdict(size), "quick": quick, "goal_met": met}
     figures_7b = {k: v for k, v in seven_billion.items() if k not in ("sizes", "speed")}
@@ -137,9 +147,11 @@ def _cells(run: dict[str, Any]) -> list[str]:
 
 def large() -> plan.Sizes:
     """LLaVA-1.5-7B with 1,000 tokens an image, in bfloat16; an SAE of 32,768 concepts."""
-    splits = [plan.Split.of_pairs(round(share * 50_000)) for share in SHARES]
+    calibration, validation, test = splits(50_000)
     return plan.Sizes(
-        *splits,
+        calibration,
+        validation,
+        test,
         width=4096,
         concepts=32_768,
         active=24,
@@ -238,7 +250,7 @@ def data_of(size: Size) -> Data:
     from patch_retriever.pictures.picture import PictureFile
     from patch_retriever.retrieval.collection import Collection, Task
 
-    splits = {}
+    collections = {}
     names = ("calibration", "validation", "test")
     for name, split in zip(names, size.sizes.splits, strict=True):
         n = split.texts
@@ -246,14 +258,14 @@ def data_of(size: Size) -> Data:
         answers = tuple((i,) for i in range(n))
         items = (
             *(Item(str(i)) for i in texts),
-            *(Item(None, PictureFile(f"{i}.png")) for i in images),
+            *(Item(None, PictureFile(Path(f"{i}.png"))) for i in images),
         )
         tasks = (
             Task("t->i", "t->i", texts, images, answers),
             Task("i->t", "i->t", images, texts, answers),
         )
-        splits[name] = Collection(name, items, tasks)
-    return Data(splits, "random vectors")
+        collections[name] = Collection(name, items, tasks)
+    return Data(collections, "random vectors")
 
 
 def score(size: Size, folder: Path) -> None:
@@ -280,41 +292,40 @@ def score(size: Size, folder: Path) -> None:
     scores.save(folder / "score" / TABLE, rows)
 
 
-def fitted(size: Size, folder: Path) -> tuple[Calibration, Data, list[Method]]:
-    """What methods learn from, and one setting of each."""
+def fitted(size: Size, folder: Path) -> tuple[Calibration, Data, PatchedFeatures, list[Method]]:
+    """What methods learn from and are tried on, and one setting of each."""
     from patch_retriever.backbones.readout import PAPER_READOUT
     from patch_retriever.patch.methods import methods
-    from patch_retriever.stages.features import SavedFeatures
+    from patch_retriever.stages.features import PatchedFeatures
     from patch_retriever.stages.selection import load_calibration
 
-    data, saved = data_of(size), SavedFeatures(folder / "features")
+    data = data_of(size)
+    no_model: Any = None  # only patches of layers would need one
+    saved = PatchedFeatures(folder / "features", no_model, data, PAPER_READOUT, 1)
     calibration = load_calibration(
         PAPER_READOUT, data, saved, folder / "sae", folder / "score", seed=0
     )
     assert calibration.gate is not None
     every = [replace(method, grid=method.grid[:1]) for method in methods(calibration)]
-    return calibration, data, every
+    return calibration, data, saved, every
 
 
 def select_methods(size: Size, folder: Path) -> None:
     """Every method in one setting on validation."""
     from patch_retriever.backbones.readout import PAPER_READOUT
     from patch_retriever.progress import no_progress
-    from patch_retriever.stages.features import SavedFeatures
     from patch_retriever.stages.selection import select
 
-    calibration, data, every = fitted(size, folder)
-    saved = SavedFeatures(folder / "features")
+    calibration, data, saved, every = fitted(size, folder)
     select(calibration, data, saved, PAPER_READOUT, folder / "select", no_progress, every)
 
 
 def evaluate_methods(size: Size, folder: Path) -> None:
     """Every method in one setting on test."""
-    from patch_retriever.features import Features
     from patch_retriever.retrieval.evaluate import evaluate
 
-    _, data, every = fitted(size, folder)
-    found = Features.load(folder / "features" / "test.safetensors")
+    _, data, saved, every = fitted(size, folder)
+    found = saved("test", {})
     for method in every:
         if patches := method.make(**method.grid[0]):
             evaluate(patches, found, data.splits["test"])

@@ -1,29 +1,20 @@
-"""What a build will take: bytes on disk, memory and operations of every stage, before it runs.
+"""Bytes and operations of every stage, from shapes alone.
 
-Numbers follow from shapes: items of every split, tokens an item, the width d, the concepts c.
 Memory counts the tensors that a stage holds at its worst moment, without the runtime
-(`RUNTIME_BYTES`) and without the model; `recipes/benchmarks/scale.py` holds a plan against a run.
+(`RUNTIME_BYTES`) and without the model.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from math import exp
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    import torch
+from patch_retriever.plan.sizes import Sizes, Split
 
 RUNTIME_BYTES = 500_000_000
 """Python, torch and the other libraries, before any work."""
 STORE_TOKENS = 2_000_000
 """Tokens that the store keeps, or as many as training reads if that is more."""
-TEXT_TOKENS = 64
-"""Assumed for a text with its prompt."""
-ITEM_TOKENS = 24
-"""Assumed for the prompt around an image."""
 ENTRY_BYTES = 12
 """Of an active concept in sparse codes: its number (int64) and its activation (float32)."""
 EIGH, SVD, SOLVE = 8, 24, 5
@@ -32,95 +23,6 @@ _MINED = 5
 """Hard negatives of every query."""
 _PROMPTS, _READOUTS = 3, 18
 """Prompts that the choice of a readout tries, and readouts in all."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Items of a split by modality, and how many (query, document) comparisons its tasks make."""
-
-    texts: int
-    images: int
-    both: int = 0
-    comparisons: int = 0
-
-    @property
-    def items(self) -> int:
-        """All of them."""
-        return self.texts + self.images + self.both
-
-    @classmethod
-    def of_pairs(cls, n: int) -> Split:
-        """n pairs, asked in both directions."""
-        return cls(n, n, 0, 2 * n * n)
-
-
-@dataclass(frozen=True)
-class Fits:
-    """How much is fitted and tried where the methods are chosen.
-
-    The defaults are those of all settings of all methods: `spectra` are different covariances,
-    `svds` the alignments, `patches` are evaluated on validation and `shown` on test.
-    """
-
-    spectra: int = 146
-    svds: int = 39
-    solves: int = 20
-    gains: int = 6
-    gain_steps: int = 300
-    gain_items: int = 1024
-    patches: int = 391
-    shown: int = 60
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a plan follows from."""
-
-    calibration: Split
-    validation: Split
-    test: Split
-    width: int
-    concepts: int
-    active: int
-    """Active concepts of a token (k)."""
-    image_tokens: int
-    parameters: int = 0
-    decoder_parameters: int = 0
-    parameter_bytes: int = 4
-    sae_steps: int = 600
-    sae_batch: int = 1024
-    most: int = 20_000
-    """Calibration items of a modality that methods are fitted on."""
-    pooled_tokens: bool = True
-    """Whether the readout pools all tokens; the last alone holds few concepts."""
-    fits: Fits = field(default_factory=Fits)
-
-    @property
-    def splits(self) -> tuple[Split, Split, Split]:
-        """Calibration, validation, test."""
-        return self.calibration, self.validation, self.test
-
-    def tokens(self, split: Split) -> int:
-        """Tokens of all items of a split."""
-        image = self.image_tokens + ITEM_TOKENS
-        return split.texts * TEXT_TOKENS + split.images * image + split.both * (image + TEXT_TOKENS)
-
-    def entries(self, split: Split) -> int:
-        """Active concepts of all items of a split, at most: as if every token drew its own."""
-
-        def of_item(tokens: int) -> float:
-            if not self.pooled_tokens:
-                return self.active
-            return self.concepts * (1 - exp(-self.active * tokens / self.concepts))
-
-        image = of_item(self.image_tokens + ITEM_TOKENS)
-        text = of_item(TEXT_TOKENS)
-        return round(split.texts * text + (split.images + split.both) * image)
-
-    def bounded(self, split: Split) -> Split:
-        """The part of a split that methods are fitted on."""
-        texts, images, both = (min(n, self.most) for n in (split.texts, split.images, split.both))
-        return Split(texts, images, both)
 
 
 @dataclass(frozen=True)
@@ -141,28 +43,6 @@ class Stage:
     def operations(self) -> float:
         """All of them."""
         return self.host + self.float32 + self.float64 + self.model
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Operations a second: measured, or assumed."""
-
-    host: float
-    float32: float
-    float64: float
-    model: float
-    source: str
-
-    def minutes(self, stage: Stage) -> float:
-        """What a stage takes at this speed."""
-        seconds = stage.host / self.host + stage.model / self.model
-        return (seconds + stage.float32 / self.float32 + stage.float64 / self.float64) / 60
-
-
-ACCELERATOR = Speed(
-    1e12, 3e13, 3e13, 3e14, "an assumed data-centre accelerator beside 16 cores, not measured"
-)
-"""A third of what an H100's data sheet says, and one TFLOP/s of a CPU."""
 
 
 def stages(sizes: Sizes) -> list[Stage]:
@@ -312,82 +192,3 @@ def _evaluate(sizes: Sizes) -> Stage:
     memory = _select(sizes).memory - _feature_bytes(sizes, sizes.validation) + features
     operations = sizes.fits.shown * _evaluation(sizes, split)
     return Stage("evaluate", 0, memory, operations, model=_forward(sizes, [split]))
-
-
-def measured_speed(device: str = "cpu", model_dtype: torch.dtype | None = None) -> Speed:
-    """Products of matrices, timed for a moment on the CPU and on the device of a build.
-
-    A product of matrices is the fastest there is. Others reach less, so a plan's minutes are a
-    lower bound that is seldom missed by more than a factor of three.
-    """
-    import torch
-
-    def rate(dtype: torch.dtype, device: str) -> float:
-        a_nn = torch.ones(1024, 1024, dtype=dtype, device=device)
-        best = float("inf")
-        for _ in range(4):
-            began = time.perf_counter()
-            float((a_nn @ a_nn)[0, 0])
-            best = min(best, time.perf_counter() - began)
-        return 2 * 1024**3 / best
-
-    float32 = rate(torch.float32, device)
-    return Speed(
-        rate(torch.float32, "cpu"),
-        float32,
-        rate(torch.float64, device),
-        rate(model_dtype or torch.float32, device),
-        f"products of 1024 x 1024 matrices, timed on {device}",
-    )
-
-
-def to_json(sizes: Sizes, speed: Speed) -> dict[str, Any]:
-    """A plan as JSON values; memory includes the runtime, not the model."""
-    found = stages(sizes)
-    model = sizes.parameters * sizes.parameter_bytes
-    return {
-        "sizes": asdict(sizes),
-        "speed": asdict(speed),
-        "stages": [
-            {
-                "stage": stage.name,
-                "disk_bytes": stage.disk,
-                "memory_bytes": stage.memory + RUNTIME_BYTES,
-                "operations": stage.operations,
-                "minutes": round(speed.minutes(stage), 1),
-            }
-            for stage in found
-        ],
-        "disk_bytes": sum(stage.disk for stage in found),
-        "disk_bytes_without_the_model": sum(stage.disk for stage in found) - model,
-        "memory_bytes": max(stage.memory for stage in found) + RUNTIME_BYTES + model,
-        "memory_bytes_without_the_model": max(stage.memory for stage in found) + RUNTIME_BYTES,
-        "minutes": round(sum(map(speed.minutes, found)), 1),
-    }
-
-
-def to_text(plan: dict[str, Any]) -> list[str]:
-    """A plan for a terminal."""
-    row = "  {:<10} {:>9} {:>10} {:>12} {:>9}".format
-    lines = [row("stage", "disk GB", "memory GB", "operations", "minutes")]
-    for stage in plan["stages"]:
-        lines.append(
-            row(
-                stage["stage"],
-                f"{stage['disk_bytes'] / 1e9:.2f}",
-                f"{stage['memory_bytes'] / 1e9:.2f}",
-                f"{stage['operations']:.1e}",
-                f"{stage['minutes']:.1f}",
-            )
-        )
-    size = plan["sizes"]
-    disk, memory = plan["disk_bytes"] / 1e9, plan["memory_bytes"] / 1e9
-    own = plan["disk_bytes_without_the_model"] / 1e9, plan["memory_bytes_without_the_model"] / 1e9
-    return [
-        *lines,
-        f"  in all {disk:.1f} GB on disk, {memory:.1f} GB of memory, {plan['minutes']:.0f} minutes "
-        "at least",
-        f"  without the model itself {own[0]:.1f} GB on disk, {own[1]:.1f} GB of memory",
-        f"  d {size['width']}, {size['concepts']} concepts, {size['image_tokens']} tokens an image, "
-        f"speed from {plan['speed']['source']}",
-    ]
