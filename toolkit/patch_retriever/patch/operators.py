@@ -118,16 +118,24 @@ class Affine:
 
 def compose(maps: tuple[Affine, ...], d: int, role: int) -> tuple[Tensor, Tensor]:
     """All maps as one for a role: weights (3, d, e) and biases (3, e), one per kind."""
-    weights, biases = [], []
-    for kind in range(len(KINDS)):
-        weight_de, bias_e = torch.eye(d), torch.zeros(d)
-        for step in maps:
-            g = step.group(role, kind)
-            bias_e = bias_e @ step.weight_gde[g] + step.bias_ge[g]
-            weight_de = weight_de @ step.weight_gde[g]
-        weights.append(weight_de)
-        biases.append(bias_e)
+    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    by_kind = [tuple(step.group(role, kind) for step in maps) for kind in range(len(KINDS))]
+    for groups in by_kind:
+        if groups not in found:  # kinds that no map tells apart are composed once
+            found[groups] = _composed(maps, groups, d)
+    weights, biases = zip(*(found[groups] for groups in by_kind), strict=True)
     return torch.stack(weights), torch.stack(biases)
+
+
+def _composed(maps: tuple[Affine, ...], groups: tuple[int, ...], d: int) -> tuple[Tensor, Tensor]:
+    """One group of each map as one map: weight (d, e) and bias (e,)."""
+    if not maps:
+        return torch.eye(d), torch.zeros(d)
+    weight_de, bias_e = maps[0].weight_gde[groups[0]], maps[0].bias_ge[groups[0]]
+    for step, g in zip(maps[1:], groups[1:], strict=True):
+        bias_e = bias_e @ step.weight_gde[g] + step.bias_ge[g]
+        weight_de = weight_de @ step.weight_gde[g]
+    return weight_de, bias_e
 
 
 @dataclass(frozen=True)

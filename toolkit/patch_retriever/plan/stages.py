@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
-from patch_retriever.plan.sizes import Sizes, Split
+from patch_retriever.plan.sizes import CHOSEN, Fits, Sizes, Split
 
-RUNTIME_BYTES = 500_000_000
+RUNTIME_BYTES = 600_000_000
 """Python, torch and the other libraries, before any work."""
 STORE_TOKENS = 2_000_000
 """Tokens that the store keeps, or as many as training reads if that is more."""
@@ -105,12 +106,14 @@ def _collect(sizes: Sizes) -> Stage:
 
 def _sae(sizes: Sizes) -> Stage:
     d, c, n = sizes.width, sizes.concepts, sizes.sae_steps * sizes.sae_batch
-    # weights and both of Adam's moments, then the converted SAE beside them
-    weights = (2 + 4 + 3) * _weights(sizes)
-    # three blocks of the stream, never more than the store; the tokens held out, twice
-    block = min(536_870_912, store_tokens(sizes) * 2 * d)
     held_out = min(16_384, store_tokens(sizes) // 20)
-    memory = weights + 3 * block + 2 * 4 * held_out * d + 4 * 512 * c
+    # weights, both of Adam's moments and a copy in bfloat16; three blocks of the stream
+    store = store_tokens(sizes) * 2 * d
+    blocks = 3 * store // ceil(store / 536_870_912)
+    training = (2 + 4) * _weights(sizes) + _weights(sizes) // 2 + blocks + 4 * 512 * c
+    # then the converted SAE beside them, measured on tokens that were held out
+    converting = (2 + 4 + 3) * _weights(sizes) + 2 * 4 * held_out * d + 4 * 16_777_216
+    memory = max(training, converting)
     operations = 2.0 * n * c * d + 10.0 * n * sizes.active * d + 20.0 * sizes.sae_steps * 2 * c * d
     return Stage("sae", 2 * _weights(sizes), memory, operations + 6.0 * held_out * c * d)
 
@@ -148,7 +151,7 @@ def _patch_bytes(sizes: Sizes) -> int:
 
 
 def _select(sizes: Sizes) -> Stage:
-    split, d, fits = sizes.bounded(sizes.calibration), sizes.width, sizes.fits
+    split, fits = sizes.bounded(sizes.calibration), sizes.fits
     vectors, groups = _vectors(sizes, split.items), 3 if split.both else 2
     # a covariance and its eigenvectors for every group: by all, role and modality, and pairs
     raw = 2 * (1 + 2 + groups + 2) * _square(sizes)
@@ -157,20 +160,25 @@ def _select(sizes: Sizes) -> Stage:
     memory = 2 * _weights(sizes) + _feature_bytes(sizes, split) + vectors + raw + kept + working
     held_out = sizes.validation
     memory += _feature_bytes(sizes, held_out) + 3 * _vectors(sizes, held_out.items)
-    memory += 2 * _patch_bytes(sizes)
+    memory += 4 * _patch_bytes(sizes)  # the best so far, and three draws of a control
     gate = 4 * 2 * vectors  # float64 copies of the tokens' means, before anything else is made
     memory = max(memory, 2 * _weights(sizes) + _feature_bytes(sizes, split) + gate)
-    rows = split.items / groups
-    float64 = fits.spectra * (2 * rows * d**2 + (EIGH + 2) * d**3)
-    float64 += fits.svds * ((SVD + 4) * d**3 + 2 * rows * d**2) + fits.solves * SOLVE * d**3
     return Stage(
         "select",
         _patch_bytes(sizes),
         memory,
         fits.patches * _evaluation(sizes, held_out),
         _gains(sizes, split),
-        float64,
+        _decompositions(sizes, fits, split.items / groups),
     )
+
+
+def _decompositions(sizes: Sizes, fits: Fits, rows: float) -> float:
+    """Covariances of so many rows, their spectra, and what is made of them."""
+    d = sizes.width
+    operations = fits.spectra * (2 * rows * d**2 + (EIGH + 2) * d**3)
+    operations += fits.svds * ((SVD + 4) * d**3 + 2 * rows * d**2)
+    return operations + fits.solves * SOLVE * d**3
 
 
 def _gains(sizes: Sizes, split: Split) -> float:
@@ -190,5 +198,13 @@ def _evaluate(sizes: Sizes) -> Stage:
     split = sizes.test
     features = _feature_bytes(sizes, split) + 3 * _vectors(sizes, split.items)
     memory = _select(sizes).memory - _feature_bytes(sizes, sizes.validation) + features
-    operations = sizes.fits.shown * _evaluation(sizes, split)
-    return Stage("evaluate", 0, memory, operations, model=_forward(sizes, [split]))
+    fitted = sizes.bounded(sizes.calibration)
+    return Stage(
+        "evaluate",
+        0,
+        memory,
+        sizes.fits.shown * _evaluation(sizes, split),
+        _gains(sizes, fitted),
+        _decompositions(sizes, CHOSEN, fitted.items / 3),
+        _forward(sizes, [split]),
+    )
