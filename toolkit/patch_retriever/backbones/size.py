@@ -36,15 +36,16 @@ def backbone_size(name_or_path: str, revision: str | None = None) -> BackboneSiz
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()
         with torch.device("meta"):
             model = AutoModel.from_config(config)
-        logging.set_verbosity(level)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"{name_or_path}: its size cannot be read ({first_line(error)})") from None
+    finally:
+        logging.set_verbosity(level)
     text = config.get_text_config()
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     vision = sum(n for name, n in sizes.items() if "vision" in name or "vqmodel" in name)
