@@ -81,7 +81,7 @@ def make_patches(model_folder, readout, items=ITEMS):
     gate = fit.fit_gate(features.mean_nd, kinds_n)
     subtract = Subtract.from_sae(sae, normal(C, seed=2).clamp(0, 1))
     groups = [(kind == kinds_n).nonzero()[:, 0] for kind in range(3)]
-    centring = fit.centre(features.pooled_nd, groups, "modality")
+    centring = fit.centre(fit.Statistics(features.pooled_nd, groups, "modality"))
     width = features.pooled_nd.shape[1]
     role, every = make_map("role", spread, 3, width), make_map("all", spread, 4, width)
     about = {"readout": readout.to_json()}

@@ -65,7 +65,7 @@ def test_a_curve_is_that_of_exportable_patches(build, c):
     for at, n in enumerate(curve.steps):
         subtract = subtracting(c, ranking_m[:n])
         by = c.sides[-1]
-        centre = fit.centre(c.vectors_after((), subtract), c.groups(by), by)
+        centre = fit.centre(c.vectors(subtract).statistics(by))
         for then, maps in (("nothing", ()), ("centring", (centre,))):
             patch = Patch(c.site, subtract, maps, c.gate)
             expected = evaluate([patch], build.validation, collection)

@@ -39,9 +39,7 @@ def test_sides_of_a_task_have_their_own_means(build):
 
 def test_statistics_per_modality_are_those_of_a_patch(build):
     c = build.calibration
-    step = fit.realign(c.features.pooled_nd, c.groups("modality"), "modality", 0.3)
+    step = fit.realign(c.vectors().statistics("modality"), 0.3)
     expected = evaluate([build.patch(step)], build.test, build.data.splits["test"])
-    found = fitted(
-        build, lambda x, groups, by: fit.realign(x, groups, by, 0.3), BY_MODALITY, "test"
-    )
+    found = fitted(build, lambda statistics: fit.realign(statistics, 0.3), BY_MODALITY, "test")
     assert found.score == expected.score

@@ -72,6 +72,13 @@ def test_a_loaded_patch_is_the_same_patch(name, tmp_path):
         assert torch.equal(loaded.subtract.concepts_m, patch.subtract.concepts_m)
 
 
+@pytest.mark.parametrize("name", PATCHES)
+def test_both_roles_at_once_are_each_by_itself(name):
+    both = PATCHES[name].embed_both(FEATURES)
+    for role, found_ne in zip((QUERY, DOCUMENT), both, strict=True):
+        assert torch.equal(found_ne, PATCHES[name].embed(FEATURES, role))
+
+
 def test_embeddings_have_length_one_and_the_maps_width():
     embedded_ne = PATCHES["everything"].embed(FEATURES, QUERY)
     assert embedded_ne.shape == (N, E)

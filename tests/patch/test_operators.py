@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patch_retriever.patch.operators import GROUPS, Affine, Gate, Subtract, apply_maps, compose
+from largest import Largest
+from patch_retriever.patch.operators import (
+    GROUPS,
+    Affine,
+    Gate,
+    Subtract,
+    apply_composed,
+    apply_maps,
+    compose,
+)
 from patch_retriever.sae.codes import Codes
 from patch_retriever.sae.model import SparseAutoencoder
 
@@ -187,6 +196,35 @@ def test_maps_may_change_the_width():
 def test_no_maps_change_nothing():
     x_nd = torch.randn(len(KINDS_N), D)
     assert torch.equal(apply_maps((), None, x_nd, MEAN_ND, 0), x_nd)
+
+
+@pytest.mark.parametrize("role", [0, 1])
+def test_every_pair_of_switches_gives_what_the_telescope_gives(role):
+    """Both, but no image, too: hyperplanes know nothing of each other."""
+    generator = torch.Generator().manual_seed(0)
+    maps = (make_map("modality", generator), make_map("role", generator))
+    mean_nd = torch.zeros(8, D)
+    mean_nd[:, 0], mean_nd[:, 1] = torch.arange(8) % 2, torch.arange(8) // 2 % 2
+    x_nd = torch.randn(8, D, generator=generator)
+    expected_nd = apply_composed(*compose(maps, D, role), GATE, x_nd, mean_nd)
+    assert torch.allclose(apply_maps(maps, GATE, x_nd, mean_nd, role), expected_nd, atol=1e-5)
+
+
+def test_subtracting_pooled_codes_makes_no_dictionary():
+    n, c, d = 50, 100_000, 8
+    codes = Codes(torch.arange(n + 1), torch.arange(n) * 7, torch.ones(n), c)
+    rows_md = torch.randn(3, d, generator=torch.Generator().manual_seed(0))
+    concepts_m = torch.tensor([0, 14, 99_999])
+    subtract = Subtract(
+        concepts_m, torch.tensor([1.0, 0.5, 1]), rows_md.T, torch.zeros(3), torch.zeros(3), rows_md
+    )
+    pooled_nd = torch.zeros(n, d)
+    with Largest() as largest:
+        out_nd = subtract.on_pooled(pooled_nd, codes)
+    expected_nd = torch.zeros(n, d)
+    expected_nd[0], expected_nd[2] = -rows_md[0], -0.5 * rows_md[1]
+    assert torch.allclose(out_nd, expected_nd)
+    assert largest.numel <= c  # a number for every concept
 
 
 def test_the_gate_tells_kinds_by_its_two_hyperplanes():

@@ -146,7 +146,11 @@ def test_queries_are_read_as_queries_and_documents_as_documents():
 
 def patch_that_embeds(as_query, as_document):
     by_role = {QUERY: as_query, DOCUMENT: as_document}
-    return SimpleNamespace(embed=lambda features, role: torch.tensor(by_role[role])[features])
+    return SimpleNamespace(
+        embed_both=lambda features: tuple(
+            torch.tensor(by_role[r])[features] for r in (QUERY, DOCUMENT)
+        )
+    )
 
 
 def test_several_patches_count_with_their_mean():

@@ -8,6 +8,7 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patch_retriever.retrieval import metrics
 from patch_retriever.retrieval.metrics import CUTOFFS, hits, ranks, search
 
 DEPTH = max(CUTOFFS)
@@ -143,3 +144,22 @@ def test_search_gives_the_largest_inner_products_in_order():
     all_qn = queries_qd @ documents_nd.T
     np.testing.assert_array_equal(found_qk, np.argsort(-all_qn, axis=1)[:, :7])
     np.testing.assert_allclose(scores_qk, -np.sort(-all_qn, axis=1)[:, :7], rtol=1e-4, atol=1e-5)
+
+
+@steady
+@given(judged_scores(ties=True), st.integers(1, 60))
+def test_ranks_do_not_depend_on_how_many_scores_are_made_at_once(judged, at_once):
+    scores, relevant = judged
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_SCORES_AT_ONCE", at_once)
+        found = ranks(*embeddings(scores), relevant)
+    assert found.tolist() == ranks_by_counting(scores, relevant)
+
+
+def test_a_relevant_document_that_is_named_twice_counts_once():
+    assert ranks(*embeddings([[1.0, 3.0, 2.0, 4.0]]), [(1, 1, 1)]).tolist() == [2]
+
+
+def test_a_relevant_document_that_is_no_number_leaves_the_others():
+    queries_qd, documents_nd = embeddings([[np.nan, 2.0, 3.0]])
+    assert ranks(queries_qd, documents_nd, [(0, 1)]).tolist() == [2]

@@ -211,3 +211,11 @@ def test_codes_of_no_activations_are_empty():
     sae = SparseAutoencoder(normal(5, 20), normal(20), normal(20, 5), normal(5), torch.zeros(20))
     codes = sae.codes(torch.zeros(0, 5))
     assert (len(codes), codes.n_concepts, len(codes.values_e)) == (0, 20, 0)
+
+
+@pytest.mark.parametrize("concepts", [[], [3], [4, 0, 2]])
+def test_some_columns_are_those_of_the_dense_matrix(concepts):
+    codes_nc = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    codes_nc = codes_nc * (codes_nc > 0.5)
+    concepts_m = torch.tensor(concepts, dtype=torch.long)
+    assert torch.equal(Codes.from_dense(codes_nc).of(concepts_m).dense(), codes_nc[:, concepts_m])

@@ -13,6 +13,10 @@ from patch_retriever.backbones.readout import PROMPTS, PoolingMode, Prompt
 from patch_retriever.errors import UserError
 from patch_retriever.sae.settings import SAESettings
 
+MOST_ITEMS = 20_000
+"""Calibration items of each modality: some for every dimension of the widest backbones, so that
+more hardly move a mean or a covariance, while time grows with their number."""
+
 
 class ScenesSettings(BaseModel):
     """How many scenes are asked about in each split (galleries are three times as large)."""
@@ -69,6 +73,8 @@ class BuildConfig(BaseModel):
     """An SAE to use instead of training one: a folder or a hub id, in a format that is read."""
     patch_at: str | None = Field(default=None, pattern=r"^layers\.\d+$")
     """The decoder layer after which concepts are subtracted; None for at the readout."""
+    max_calibration_items: int = Field(default=MOST_ITEMS, ge=100)
+    """Items of each modality that methods are fitted on; of more, a random sample."""
     adapter: AdapterSettings | None = None
     """How an adapter is trained through the selected patch; None for none."""
     adapter_from: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,16 @@ class Features:
         which it does not see, stays as it is."""
         rebuilt_nd = self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
         return torch.cat([rebuilt_nd, self.pooled_nd[:, sae.d_in :]], dim=1)
+
+    def some(self, items_m: Tensor) -> Features:
+        """Those of some items alone."""
+        return replace(
+            self,
+            pooled_nd=self.pooled_nd[items_m],
+            mean_nd=self.mean_nd[items_m],
+            codes=self.codes[items_m],
+            kinds_n=self.kinds_n[items_m],
+        )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

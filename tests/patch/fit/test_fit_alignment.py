@@ -25,7 +25,7 @@ def turned_kinds():
 
 def test_procrustes_recovers_a_known_rotation():
     x_nd, kinds_n, pairs = turned_kinds()
-    step = fit.procrustes(x_nd, kinds_n, pairs)
+    step = fit.procrustes(fit.PairStatistics(x_nd, kinds_n, pairs))
     image_nd = mapped(step, x_nd[kinds_n == 1], 1)
     assert torch.allclose(image_nd, x_nd[20:40] - x_nd[20:40].mean(0), atol=1e-5)
     for kind in (0, 2):
@@ -34,14 +34,14 @@ def test_procrustes_recovers_a_known_rotation():
 
 def test_procrustes_from_some_of_the_pairs_turns_all_items():
     x_nd, kinds_n, pairs = turned_kinds()
-    step = fit.procrustes(x_nd, kinds_n, {0: pairs[0][:10]})
+    step = fit.procrustes(fit.PairStatistics(x_nd, kinds_n, {0: pairs[0][:10]}))
     text_nd, image_nd = (mapped(step, x_nd[kinds_n == k], k) for k in (0, 1))
     assert torch.allclose(text_nd, image_nd, atol=1e-4)
 
 
 def test_procrustes_only_centres_a_kind_without_pairs():
     x_nd, kinds_n, pairs = turned_kinds()
-    step = fit.procrustes(x_nd, kinds_n, {0: pairs[0]})
+    step = fit.procrustes(fit.PairStatistics(x_nd, kinds_n, {0: pairs[0]}))
     both_nd = x_nd[kinds_n == 2]
     assert torch.allclose(mapped(step, both_nd, 2), both_nd - both_nd.mean(0), atol=1e-5)
 
@@ -49,7 +49,7 @@ def test_procrustes_only_centres_a_kind_without_pairs():
 def test_procrustes_is_a_rotation_even_where_pairs_are_noisy():
     x_nd, kinds_n, pairs = turned_kinds()
     x_nd = x_nd + normal(*x_nd.shape, seed=9)
-    weight_dd = fit.procrustes(x_nd, kinds_n, pairs).weight_gde[0]
+    weight_dd = fit.procrustes(fit.PairStatistics(x_nd, kinds_n, pairs)).weight_gde[0]
     assert torch.allclose(weight_dd @ weight_dd.T, torch.eye(D), atol=1e-5)
 
 
@@ -87,7 +87,7 @@ def correlations(a_nr, b_nr):
 
 def test_cca_finds_the_shared_directions():
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.cca(x_nd, kinds_n, pairs, 0.0, D)
+    step = fit.cca(fit.PairStatistics(x_nd, kinds_n, pairs), 0.0, D)
     text_nr, image_nr = (mapped(step, x_nd[kinds_n == k], k) for k in (0, 1))
     found_r = correlations(text_nr, image_nr)
     assert bool((found_r[:SHARED] > 0.99).all())
@@ -98,7 +98,7 @@ def test_cca_finds_the_shared_directions():
 
 def test_cca_weights_each_canonical_pair_by_its_correlation():
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.cca(x_nd, kinds_n, pairs, 0.0, D)
+    step = fit.cca(fit.PairStatistics(x_nd, kinds_n, pairs), 0.0, D)
     expected_r = canonical_correlations(x_nd[kinds_n == 0], x_nd[kinds_n == 1])
     for kind in (0, 1):
         variance_r = mapped(step, x_nd[kinds_n == kind], kind).var(0)
@@ -107,7 +107,7 @@ def test_cca_weights_each_canonical_pair_by_its_correlation():
 
 def test_cca_centres_each_kind_and_keeps_r_dimensions():
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.cca(x_nd, kinds_n, pairs, 0.3, 3)
+    step = fit.cca(fit.PairStatistics(x_nd, kinds_n, pairs), 0.3, 3)
     for kind in range(3):
         out_nr = mapped(step, x_nd[kinds_n == kind], kind)
         assert out_nr.shape == (N_PAIRS, 3)
@@ -116,21 +116,21 @@ def test_cca_centres_each_kind_and_keeps_r_dimensions():
 
 def test_cca_regresses_items_of_both_kinds_onto_their_images():
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.cca(x_nd, kinds_n, pairs, 0.0, D)
+    step = fit.cca(fit.PairStatistics(x_nd, kinds_n, pairs), 0.0, D)
     image_nr, both_nr = (mapped(step, x_nd[kinds_n == k], k) for k in (1, 2))
     assert torch.allclose(both_nr, image_nr, atol=1e-3)
 
 
 def test_cca_treats_both_as_images_where_it_has_no_pairs():
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.cca(x_nd, kinds_n, {0: pairs[0]}, 0.3, D)
+    step = fit.cca(fit.PairStatistics(x_nd, kinds_n, {0: pairs[0]}), 0.3, D)
     assert torch.equal(step.weight_gde[2], step.weight_gde[1])
 
 
 @pytest.mark.parametrize("shrinkage", [0.01, 1.0])
 def test_ridge_regression_equals_sklearns(shrinkage):
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.ridge(x_nd, kinds_n, pairs, shrinkage)
+    step = fit.ridge(fit.PairStatistics(x_nd, kinds_n, pairs), shrinkage)
     image_nd = x_nd[kinds_n == 1]
     for kind in (0, 2):
         a_nd = x_nd[kinds_n == kind].double().numpy()
@@ -142,7 +142,7 @@ def test_ridge_regression_equals_sklearns(shrinkage):
 
 def test_ridge_regression_only_centres_images_and_kinds_without_pairs():
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.ridge(x_nd, kinds_n, {0: pairs[0]}, 0.1)
+    step = fit.ridge(fit.PairStatistics(x_nd, kinds_n, {0: pairs[0]}), 0.1)
     for kind in (1, 2):
         rows_nd = x_nd[kinds_n == kind]
         expected_nd = rows_nd - rows_nd.mean(0)
@@ -151,6 +151,6 @@ def test_ridge_regression_only_centres_images_and_kinds_without_pairs():
 
 def test_ridge_regression_finds_a_linear_map_from_few_pairs():
     x_nd, kinds_n, pairs = shared_views()
-    step = fit.ridge(x_nd, kinds_n, {0: pairs[0], 2: pairs[2][:40]}, 1e-8)
+    step = fit.ridge(fit.PairStatistics(x_nd, kinds_n, {0: pairs[0], 2: pairs[2][:40]}), 1e-8)
     both_nd, image_nd = (mapped(step, x_nd[kinds_n == k], k) for k in (2, 1))
     assert torch.allclose(both_nd, image_nd, atol=1e-2)

@@ -66,7 +66,7 @@ def labelled_vectors(draw):
 def test_after_leace_no_dimension_correlates_with_a_label(case):
     x_nd, labels_n = case
     assert float(cross_covariance(x_nd, labels_n).abs().max()) > 1e-2
-    out_nd = mapped(fit.leace(x_nd, labels_n), x_nd)
+    out_nd = mapped(fit.leace(fit.Moments(x_nd, torch.arange(len(x_nd))), labels_n), x_nd)
     assert float(cross_covariance(out_nd, labels_n).abs().max()) < 1e-4
     assert torch.allclose(out_nd.mean(0), x_nd.mean(0), atol=1e-3)
 
@@ -88,20 +88,22 @@ def least_change(x_nd, labels_n):
 def test_leace_is_the_least_change_that_does_it(seed):
     x_nd = three_kinds(gap=2.0)[0] @ normal(D, D, seed=seed) + 5
     labels_n = three_kinds(gap=2.0)[1]
-    weight_dd = fit.leace(x_nd, labels_n).weight_gde[0]
+    weight_dd = fit.leace(fit.Moments(x_nd, torch.arange(len(x_nd))), labels_n).weight_gde[0]
     assert torch.allclose(weight_dd, least_change(x_nd, labels_n), atol=1e-3)
 
 
 def test_leace_of_three_labels_takes_two_directions():
     x_nd, labels_n = three_kinds(gap=2.0)
-    removed_dd = torch.eye(D) - fit.leace(x_nd, labels_n).weight_gde[0]
+    removed_dd = (
+        torch.eye(D) - fit.leace(fit.Moments(x_nd, torch.arange(len(x_nd))), labels_n).weight_gde[0]
+    )
     assert int(torch.linalg.matrix_rank(removed_dd, atol=1e-4)) == 2
     assert torch.allclose(removed_dd @ removed_dd, removed_dd, atol=1e-4)
 
 
 def test_after_leace_a_linear_classifier_can_only_guess():
     x_nd, labels_n = three_kinds(gap=12.0)
-    out_nd = mapped(fit.leace(x_nd, labels_n), x_nd)
+    out_nd = mapped(fit.leace(fit.Moments(x_nd, torch.arange(len(x_nd))), labels_n), x_nd)
     probabilities = []
     for features_nd in (x_nd, out_nd):
         machine = LogisticRegression(max_iter=2000).fit(features_nd.numpy(), labels_n.numpy())
@@ -112,5 +114,5 @@ def test_after_leace_a_linear_classifier_can_only_guess():
 
 def test_leace_changes_nothing_where_there_is_one_label():
     x_nd = make_x()
-    step = fit.leace(x_nd, torch.zeros(len(x_nd)))
+    step = fit.leace(fit.Moments(x_nd, torch.arange(len(x_nd))), torch.zeros(len(x_nd)))
     assert torch.allclose(mapped(step, x_nd), x_nd, atol=1e-4)

@@ -42,7 +42,7 @@ def test_a_missing_kind_is_never_chosen(kinds):
 def test_a_gate_switches_maps_by_modality_in_place():
     mean_nd, kinds_n = three_kinds(gap=12.0)
     groups = [(kinds_n == kind).nonzero()[:, 0] for kind in range(3)]
-    step = fit.centre(mean_nd, groups, "modality")
+    step = fit.centre(fit.Statistics(mean_nd, groups, "modality"))
     out_nd = apply_maps((step,), fit.fit_gate(mean_nd, kinds_n), mean_nd, mean_nd, 1)
     for rows in groups:
         assert float(out_nd[rows].mean(0).abs().max()) < 1e-4

@@ -23,6 +23,7 @@ from patch_retriever.features import Features
 from patch_retriever.files import value_hash
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.fit import Statistics
 from patch_retriever.patch.operators import Gate
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import Outcome, evaluate
@@ -80,6 +81,20 @@ class Finished:
                 "activations, so take one of this model and site"
             )
         return found
+
+    @cached_property
+    def task_statistics(self) -> list[Statistics]:
+        """Of calibration's queries and documents, task by task."""
+        c = self.calibration
+        return [
+            Statistics(
+                c.features.pooled_nd,
+                [torch.tensor(task.queries), torch.tensor(task.documents)],
+                "role",
+                c.device,
+            )
+            for task in self.data.splits["calibration"].tasks
+        ]
 
     def split(self, name: str) -> Features:
         """The features of a split."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from patch_retriever.analysis.exhibit import Exhibit, Row, line
 from patch_retriever.analysis.finished import Finished
 from patch_retriever.concepts.selection import like_in_energy
 from patch_retriever.patch import fit
-from patch_retriever.patch.operators import Affine, By
+from patch_retriever.patch.operators import Affine
 from patch_retriever.progress import Progress
 from patch_retriever.report import plots
 from patch_retriever.retrieval.evaluate import Outcome
@@ -25,32 +24,27 @@ BY_TASK, BY_MODALITY = "per side, task by task", "per modality"
 """Whose statistics: the queries' and the documents' of a task as in the paper, which no exported
 model can know; or those of all texts, all images, all items with both."""
 
-Fit = Callable[[Tensor, Sequence[Tensor], By], Affine]
-"""Fits a map on vectors for groups of items."""
+Fit = Callable[[fit.Statistics], Affine]
+"""Fits a map on vectors of groups of items."""
 
 
 def _realign(beta: float) -> Fit:
-    return lambda x_nd, groups, by: fit.realign(x_nd, groups, by, beta)
+    return lambda statistics: fit.realign(statistics, beta)
 
 
-def _pca(x_nd: Tensor, groups: Sequence[Tensor], by: By) -> Affine:
-    return fit.pca_whiten(x_nd, groups, by, x_nd.shape[1])
+def _pca(statistics: fit.Statistics) -> Affine:
+    return fit.pca_whiten(statistics, statistics.x_nd.shape[1])
 
 
 def fitted(build: Finished, fit_map: Fit, by: str, split: str) -> Outcome:
     """The outcome on a split of a map that is fitted on calibration, with the statistics `by`."""
-    c = build.calibration
-    x_nd = c.features.pooled_nd
     if by == BY_MODALITY:
-        patch = build.patch(fit_map(x_nd, c.groups("modality"), "modality"))
+        patch = build.patch(fit_map(build.calibration.vectors().statistics("modality")))
         return build.on_test([patch]) if split == "test" else build.on_validation([patch])
     judged_nd = (build.test if split == "test" else build.validation).pooled_nd
     found = {}
-    for known, task in zip(
-        build.data.splits["calibration"].tasks, build.data.splits[split].tasks, strict=True
-    ):
-        groups = [torch.tensor(known.queries), torch.tensor(known.documents)]
-        step = fit_map(x_nd, groups, "role")
+    for statistics, task in zip(build.task_statistics, build.data.splits[split].tasks, strict=True):
+        step = fit_map(statistics)
         queries_qd, documents_nd = (
             torch.nn.functional.normalize(
                 judged_nd[list(items)] @ step.weight_gde[role] + step.bias_ge[role], dim=1
@@ -85,9 +79,7 @@ def removal_table(build: Finished, progress: Progress) -> Exhibit:
 
 def whitening_table(build: Finished, progress: Progress) -> Exhibit:
     """Table 8: PCA, ZCA and ReAlign."""
-    together = build.patch(
-        _pca(build.calibration.features.pooled_nd, build.calibration.groups("all"), "all")
-    )
+    together = build.patch(_pca(build.calibration.vectors().statistics("all")))
     outcomes = {"PCA whitening, all items together": build.on_test([together])}
     others: dict[str, Fit] = {
         "PCA whitening": _pca,

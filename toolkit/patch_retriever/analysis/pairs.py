@@ -15,7 +15,7 @@ from patch_retriever.analysis.finished import Finished
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
-from patch_retriever.patch.gains import GainSettings, learn_gains
+from patch_retriever.patch.gains import CentredCodes, Components, GainSettings, learn_gains
 from patch_retriever.patch.operators import Affine, Subtract
 from patch_retriever.progress import Progress
 from patch_retriever.report import plots
@@ -55,20 +55,33 @@ class Style:
         return [(self.kinds_n == kind).nonzero()[:, 0] for kind in range(3)]
 
     @cached_property
-    def centred_nd(self) -> Tensor:
-        """Pooled vectors less the mean of their kind."""
-        return self._centred(self.c.features.pooled_nd)
+    def statistics(self) -> fit.Statistics:
+        """Of the vectors of each kind."""
+        return fit.Statistics(self.c.features.pooled_nd, self.groups, "modality", self.c.device)
 
     @cached_property
-    def centred_codes_nc(self) -> Tensor:
-        """Pooled codes less the mean of their kind."""
-        return self._centred(self.c.features.codes.dense())
-
-    def _centred(self, x_nd: Tensor) -> Tensor:
-        x_nd = x_nd.clone()
+    def centred_nd(self) -> Tensor:
+        """Pooled vectors less the mean of their kind."""
+        x_nd = self.c.features.pooled_nd.clone()
         for rows in self.groups:
             x_nd[rows] -= x_nd[rows].mean(0)
         return x_nd
+
+    @cached_property
+    def centred_codes(self) -> CentredCodes:
+        """Pooled codes less the mean of their kind, times the dictionary."""
+        return CentredCodes.of(self.c.features.codes, self.kinds_n, self.c.sae.W_dec_cd)
+
+    @cached_property
+    def components(self) -> Tensor:
+        """Principal components (d, d), in columns, within kinds."""
+        seen_m = (self.kinds_n >= 0).nonzero()[:, 0]
+        return fit.Moments(self.centred_nd, seen_m, self.c.device).spectrum[1]
+
+    def pairs(self, pairs_n2: Tensor, x_nd: Tensor | None = None) -> fit.PairStatistics:
+        """Of some pairs of texts and images, at the readout or in other vectors."""
+        x_nd = self.c.features.pooled_nd if x_nd is None else x_nd
+        return fit.PairStatistics(x_nd, self.kinds_n, {0: pairs_n2}, self.c.device)
 
 
 def pairs_curve(build: Finished, progress: Progress) -> Exhibit:
@@ -129,8 +142,8 @@ def _only(collection: Collection, task: str) -> Collection:
 
 
 def _centre(style: Style, subtract: Subtract | None = None) -> Patch:
-    x_nd = style.c.vectors_after((), subtract)
-    centre = fit.centre(x_nd, style.groups, "modality")
+    x_nd = style.c.vectors(subtract).x_nd
+    centre = fit.centre(fit.Statistics(x_nd, style.groups, "modality", style.c.device))
     return Patch(style.c.site, subtract, (centre,), style.c.gate)
 
 
@@ -140,54 +153,39 @@ def _mapped(style: Style, *maps: Affine) -> Patch:
 
 def _gains(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
     c = style.c
-    dictionary_cd = c.dictionary_cw
     gains_c = learn_gains(
-        style.centred_nd,
-        style.centred_codes_nc,
-        dictionary_cd,
-        [pairs_n2],
-        GainSettings(),
-        c.seed,
+        style.centred_nd, style.centred_codes, [pairs_n2], GainSettings(), c.seed, c.device
     )
     fires_c = c.features.codes.sum() > 0
     yield _centre(style, Subtract.from_sae(c.sae, torch.where(fires_c, 1 - gains_c, 0.0)))
 
 
 def _principal_gains(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
-    x_nd = style.centred_nd.double()
-    seen_nd = x_nd[style.kinds_n >= 0]
-    vectors_dd = torch.linalg.eigh(seen_nd.T @ seen_nd).eigenvectors
-    gains_d = learn_gains(
-        style.centred_nd,
-        (x_nd @ vectors_dd).float(),
-        vectors_dd.T.float(),
-        [pairs_n2],
-        GainSettings(),
-        style.c.seed,
-    )
-    gains = fit.principal_gains(style.centred_nd, gains_d.double(), vectors_dd)
+    c, vectors_dd = style.c, style.components
+    parts = Components.of(style.centred_nd, vectors_dd)
+    gains_d = learn_gains(style.centred_nd, parts, [pairs_n2], GainSettings(), c.seed, c.device)
+    gains = fit.principal_gains(gains_d.to(vectors_dd), vectors_dd)
     yield _mapped(style, *_centre(style).maps, gains)
 
 
 def _procrustes(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
-    c = style.c
     for beta in STRENGTHS:
-        whiten = fit.realign(c.features.pooled_nd, style.groups, "modality", beta)
-        x_nd = c.vectors_after((whiten,), None)
-        yield _mapped(style, whiten, fit.procrustes(x_nd, style.kinds_n, {0: pairs_n2}))
+        whiten = fit.realign(style.statistics, beta)
+        pairs = style.pairs(pairs_n2, style.c.vectors().after(whiten).x_nd)
+        yield _mapped(style, whiten, fit.procrustes(pairs))
 
 
 def _cca(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
-    x_nd = style.c.features.pooled_nd
-    r = min(x_nd.shape[1], 128)
+    pairs = style.pairs(pairs_n2)
+    r = min(pairs.x_nd.shape[1], 128)
     for shrinkage in STRENGTHS:
-        yield _mapped(style, fit.cca(x_nd, style.kinds_n, {0: pairs_n2}, shrinkage, r))
+        yield _mapped(style, fit.cca(pairs, shrinkage, r))
 
 
 def _ridge(style: Style, pairs_n2: Tensor) -> Iterator[Patch]:
-    x_nd = style.c.features.pooled_nd
+    pairs = style.pairs(pairs_n2)
     for strength in RIDGE_STRENGTHS:
-        yield _mapped(style, fit.ridge(x_nd, style.kinds_n, {0: pairs_n2}, strength))
+        yield _mapped(style, fit.ridge(pairs, strength))
 
 
 METHODS: dict[str, Callable[[Style, Tensor], Iterator[Patch]]] = {

@@ -113,7 +113,7 @@ def curve_of(build: Finished, ranking_m: Tensor, split: str) -> Curve:
     calibration = removed_in_steps(c.features, c.sae, ranking_m, steps)
     judged = removed_in_steps(held_out, c.sae, ranking_m, steps)
     for fitted_on, judged_on in zip(calibration, judged, strict=True):
-        centre = fit.centre(fitted_on.pooled_nd, c.groups(by), by)
+        centre = fit.centre(fit.Statistics(fitted_on.pooled_nd, c.groups(by), by, c.device))
         for then, maps in zip(THEN, ((), (centre,)), strict=True):
             patch = Patch(c.site, None, maps, c.gate)
             outcomes[then].append(evaluate([patch], judged_on, collection))

@@ -104,7 +104,11 @@ if TYPE_CHECKING:
     default=None,
     help="Leave bad rows and pictures out, and count them.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be done and what it takes (disk, memory, minutes), and do nothing.",
+)
 @options.as_json
 def build(
     model: str | None,
@@ -236,14 +240,21 @@ def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
 
     folder = built_in_model() if config.model == BUILT_IN else Path(config.model)
     check_folder(str(folder) if config.model == BUILT_IN else config.model, config.revision)
+    sae = None
     if config.sae_from is not None:
         from patch_retriever.sae.formats import load_sae
 
-        load_sae(config.sae_from)
-    pairs = None
+        sae = load_sae(config.sae_from)
+    pairs, n_pairs = None, 0
     if config.pairs != SCENES:
         read = read_pairs(config.pairs, config.skip_bad, reading=pairs_reading(config))
+        n_pairs = len(read.pairs)
         pairs = {"usable": len(read.pairs), "left out": list(read.skipped)}
+    takes = None
+    if (folder / "config.json").is_file():
+        from patch_retriever.plan.of_build import plan_of
+
+        takes = plan_of(config, n_pairs, sae)
     finished = [p.parent.name for p in sorted((out / "run").glob("*/done.json"))]
     return {
         "out": str(out),
@@ -252,6 +263,7 @@ def plan(out: Path, config: BuildConfig) -> dict[str, Any]:
         "model": str(folder),
         "model found": (folder / "config.json").is_file(),
         "pairs": pairs,
+        "takes": takes,
         "settings": config.model_dump(),
     }
 
@@ -266,6 +278,10 @@ def plan_text(out: Path, config: BuildConfig) -> str:
         bad = values["pairs"]["left out"]
         lines.append(f"  {values['pairs']['usable']} usable pairs, {len(bad)} left out")
         lines += [f"    {line}" for line in bad]
+    if values["takes"]:
+        from patch_retriever.plan import plan_lines
+
+        lines += plan_lines(values["takes"])
     lines.append(f"  stages finished there: {', '.join(values['finished stages']) or 'none'}")
     lines += [f"  {key}: {value}" for key, value in values["settings"].items()]
     return "\n".join(lines)

@@ -79,9 +79,22 @@ class Patch:
     def embed(self, features: Features, role: int) -> Tensor:
         """Unit embeddings (n, e) of items as queries or documents, from their features: those of
         the model with `layers` patched."""
-        x_nd = features.pooled_nd
-        if self.subtract is not None:
-            x_nd = self.subtract.on_pooled(x_nd, features.codes)
+        return self._mapped(self._subtracted(features), features, role)
+
+    def embed_both(self, features: Features) -> tuple[Tensor, Tensor]:
+        """The same as queries and as documents; one tensor where roles make no difference."""
+        x_nd = self._subtracted(features)
+        as_query_ne = self._mapped(x_nd, features, QUERY)
+        if all(step.by != "role" for step in self.maps):
+            return as_query_ne, as_query_ne
+        return as_query_ne, self._mapped(x_nd, features, DOCUMENT)
+
+    def _subtracted(self, features: Features) -> Tensor:
+        if self.subtract is None:
+            return features.pooled_nd
+        return self.subtract.on_pooled(features.pooled_nd, features.codes)
+
+    def _mapped(self, x_nd: Tensor, features: Features, role: int) -> Tensor:
         out_ne = apply_maps(self.maps, self.gate, x_nd, features.mean_nd, role)
         return torch.nn.functional.normalize(out_ne, dim=1)
 

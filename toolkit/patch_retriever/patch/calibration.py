@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +12,15 @@ from torch import Tensor
 
 from patch_retriever.concepts.scores import ConceptTable
 from patch_retriever.features import Features
-from patch_retriever.patch.fit import GradedTask, fit_gate
+from patch_retriever.patch import fit
+from patch_retriever.patch.fit import GradedTask, PairStatistics, Statistics, fit_gate
+from patch_retriever.patch.gains import CentredCodes
 from patch_retriever.patch.operators import Affine, By, Gate, Subtract
 from patch_retriever.sae.model import SparseAutoencoder
+
+_KEPT = 4
+"""Subtractions whose vectors and statistics are kept: settings of a method that differ only in what
+comes after the subtraction follow each other."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Calibration:
     `sae` and `concepts` are of activations at the readout or, where there is one, at the `layer`.
     `query_items` and `document_items` are item numbers by role, `pairs` are (query, relevant
     document) items by direction, each (n, 2), `tasks` all that is known of what is relevant.
+    Methods are fitted on `device`. Where the split has too many items, these are a sample of its
+    `of_items` (`sampled_items`).
     """
 
     site: str
@@ -49,6 +57,8 @@ class Calibration:
     tasks: tuple[GradedTask, ...]
     seed: int
     layer: Layer | None = None
+    device: str = "cpu"
+    of_items: int | None = None
 
     def without(self, subtract: Subtract) -> Calibration:
         """The same items by the model without what is subtracted at the layer."""
@@ -97,29 +107,76 @@ class Calibration:
         width = self.features.pooled_nd.shape[1]
         return torch.nn.functional.pad(self.sae.W_dec_cd, (0, width - self.sae.d_in))
 
+    def vectors(self, subtract: Subtract | None = None) -> Vectors:
+        """The pooled vectors, as they are or after `subtract`, with their statistics: the same
+        object for the same subtraction."""
+        if subtract is None:
+            return self._unpatched
+        for known, vectors in self._after:
+            if known.is_like(subtract):
+                return vectors
+        x_nd = subtract.on_pooled(self.features.pooled_nd, self.features.codes)
+        self._after.insert(0, (subtract, Vectors(self, x_nd)))
+        del self._after[_KEPT:]
+        return self._after[0][1]
+
+    @cached_property
+    def _unpatched(self) -> Vectors:
+        return Vectors(self, self.features.pooled_nd)
+
+    @cached_property
+    def _after(self) -> list[tuple[Subtract, Vectors]]:
+        return []
+
     @cached_property
     def centred_nd(self) -> Tensor:
         """Pooled vectors less the mean of their kind."""
-        return self.features.pooled_nd - self._kind_means(self.features.pooled_nd)
+        x_nd = self.features.pooled_nd
+        means_kd = torch.stack([x_nd[rows].mean(0) for rows in self.groups("modality")])
+        return x_nd - means_kd[self.kinds_n.long()]
 
     @cached_property
-    def centred_codes_nc(self) -> Tensor:
-        """Pooled codes less the mean of their kind."""
-        codes_nc = self.features.codes.dense()
-        return codes_nc - self._kind_means(codes_nc)
+    def centred_codes(self) -> CentredCodes:
+        """Pooled codes less the mean of their kind, times the dictionary."""
+        return CentredCodes.of(self.features.codes, self.kinds_n, self.dictionary_cw)
 
-    def vectors_after(self, maps: tuple[Affine, ...], subtract: Subtract | None) -> Tensor:
-        """Calibration vectors as they are after `subtract` and `maps`, by their true kinds."""
-        x_nd = self.features.pooled_nd
-        if subtract is not None:
-            x_nd = subtract.on_pooled(x_nd, self.features.codes)
+
+@dataclass(frozen=True)
+class Vectors:
+    """Calibration's pooled vectors at one place of a patch, and what maps there are fitted on."""
+
+    calibration: Calibration
+    x_nd: Tensor
+    _statistics: dict[By, Statistics] = field(default_factory=dict)
+    _weighed: dict[float, tuple[Vectors, Affine]] = field(default_factory=dict)
+
+    def statistics(self, by: By) -> Statistics:
+        """Moments of the groups that `by` tells apart; the same object for all settings."""
+        if by not in self._statistics:
+            c = self.calibration
+            self._statistics[by] = Statistics(self.x_nd, c.groups(by), by, c.device)
+        return self._statistics[by]
+
+    @cached_property
+    def pairs(self) -> PairStatistics:
+        """Moments of the pairs to images; the same object for all settings."""
+        c = self.calibration
+        return PairStatistics(self.x_nd, c.kinds_n, c.pairs_to_images, c.device)
+
+    def weighed(self, mean_weight: float) -> tuple[Vectors, Affine]:
+        """The vectors of a readout of two parts with the parts weighed, and the map that does it:
+        the same objects for the same weight."""
+        if mean_weight not in self._weighed:
+            step = fit.weigh(self.x_nd, self.calibration.sae.d_in, mean_weight)
+            self._weighed[mean_weight] = (self.after(step), step)
+        return self._weighed[mean_weight]
+
+    def after(self, *maps: Affine) -> Vectors:
+        """The vectors as they are after `maps`, by their true kinds."""
+        x_nd, kinds_n = self.x_nd, self.calibration.kinds_n
         for step in maps:
-            x_nd = step.by_kind(x_nd, self.kinds_n)
-        return x_nd
-
-    def _kind_means(self, x_nd: Tensor) -> Tensor:
-        means_kd = torch.stack([x_nd[rows].mean(0) for rows in self.groups("modality")])
-        return means_kd[self.kinds_n.long()]
+            x_nd = step.by_kind(x_nd, kinds_n)
+        return Vectors(self.calibration, x_nd)
 
 
 def pairs_to_images(pairs: Iterable[Tensor], kinds_n: Tensor) -> dict[int, Tensor]:

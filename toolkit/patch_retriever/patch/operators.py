@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -62,6 +63,12 @@ class Subtract:
             return self
         return Subtract(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
+    def is_like(self, other: Subtract) -> bool:
+        """Whether both take the same concepts of the same SAE by the same strengths."""
+        return torch.equal(self.concepts_m, other.concepts_m) and torch.equal(
+            self.strength_m, other.strength_m
+        )
+
     def keeping(self, concepts: Collection[int]) -> Subtract:
         """The same without some concepts (numbers in the SAE), which stay in."""
         if not concepts:
@@ -87,10 +94,8 @@ class Subtract:
         pool(z) d. Of vectors of two parts the second, of raw tokens, stays as it is.
         """
         d = self.W_dec_md.shape[1]
-        dictionary_cd = torch.zeros(codes.n_concepts, d)
-        dictionary_cd[self.concepts_m] = self.W_dec_md * self.strength_m[:, None]
-        patched_nd = pooled_nd[:, :d] - codes.matmul(dictionary_cd)
-        return torch.cat([patched_nd, pooled_nd[:, d:]], dim=1)
+        removed_nd = codes.of(self.concepts_m).scaled(self.strength_m).matmul(self.W_dec_md)
+        return torch.cat([pooled_nd[:, :d] - removed_nd, pooled_nd[:, d:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,10 @@ class Affine:
         ):
             raise ValueError(f"{self.name}: {len(self.weight_gde)} groups, by {self.by}")
 
+    def to(self, device: torch.device | str) -> Affine:
+        """The same on a device."""
+        return replace(self, weight_gde=self.weight_gde.to(device), bias_ge=self.bias_ge.to(device))
+
     def by_kind(self, x_nd: Tensor, kinds_n: Tensor, role: int = 1) -> Tensor:
         """The map of items whose kinds (numbers in `KINDS`) are known, without a gate."""
         out_ne = x_nd.new_empty(len(x_nd), self.bias_ge.shape[1])
@@ -123,16 +132,24 @@ class Affine:
 
 def compose(maps: tuple[Affine, ...], d: int, role: int) -> tuple[Tensor, Tensor]:
     """All maps as one for a role: weights (3, d, e) and biases (3, e), one per kind."""
-    weights, biases = [], []
-    for kind in range(len(KINDS)):
-        weight_de, bias_e = torch.eye(d), torch.zeros(d)
-        for step in maps:
-            g = step.group(role, kind)
-            bias_e = bias_e @ step.weight_gde[g] + step.bias_ge[g]
-            weight_de = weight_de @ step.weight_gde[g]
-        weights.append(weight_de)
-        biases.append(bias_e)
+    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    by_kind = [tuple(step.group(role, kind) for step in maps) for kind in range(len(KINDS))]
+    for groups in by_kind:
+        if groups not in found:  # kinds that no map tells apart are composed once
+            found[groups] = _composed(maps, groups, d)
+    weights, biases = zip(*(found[groups] for groups in by_kind), strict=True)
     return torch.stack(weights), torch.stack(biases)
+
+
+def _composed(maps: tuple[Affine, ...], groups: tuple[int, ...], d: int) -> tuple[Tensor, Tensor]:
+    """One group of each map as one map: weight (d, e) and bias (e,)."""
+    if not maps:
+        return torch.eye(d), torch.zeros(d)
+    weight_de, bias_e = maps[0].weight_gde[groups[0]], maps[0].bias_ge[groups[0]]
+    for step, g in zip(maps[1:], groups[1:], strict=True):
+        bias_e = bias_e @ step.weight_gde[g] + step.bias_ge[g]
+        weight_de = weight_de @ step.weight_gde[g]
+    return weight_de, bias_e
 
 
 @dataclass(frozen=True)
@@ -165,15 +182,33 @@ class Gate:
 def apply_maps(
     maps: tuple[Affine, ...], gate: Gate | None, x_nd: Tensor, mean_nd: Tensor, role: int
 ) -> Tensor:
-    """`maps` in order on pooled vectors; `mean_nd`, the raw tokens' means, decide the kind."""
+    """`maps` in order on pooled vectors; `mean_nd`, the raw tokens' means, decide the kind.
+
+    Every item is multiplied once: by what the telescope of `apply_composed` comes to for its
+    switches.
+    """
+    if not maps:
+        return x_nd
     weight_kde, bias_ke = compose(maps, x_nd.shape[1], role)
-    return apply_composed(weight_kde, bias_ke, gate, x_nd, mean_nd)
+    if gate is None or all(step.by != "modality" for step in maps):
+        return x_nd @ weight_kde[0] + bias_ke[0]
+    steps_kde, steps_ke = weight_kde.diff(dim=0), bias_ke.diff(dim=0)
+    switch_n2 = gate.switches(mean_nd).bool()
+    out_ne = x_nd.new_empty(len(x_nd), bias_ke.shape[1])
+    for switches in product((False, True), repeat=2):
+        rows = (switch_n2 == torch.tensor(switches)).all(1).nonzero()[:, 0]
+        weight_de, bias_e = weight_kde[0], bias_ke[0]
+        for k, switch in enumerate(switches):
+            if switch:
+                weight_de, bias_e = weight_de + steps_kde[k], bias_e + steps_ke[k]
+        out_ne[rows] = x_nd[rows] @ weight_de + bias_e
+    return out_ne
 
 
 def apply_composed(
     weight_kde: Tensor, bias_ke: Tensor, gate: Gate | None, x_nd: Tensor, mean_nd: Tensor
 ) -> Tensor:
-    """As `apply_maps`, for maps that are one already (`compose`)."""
+    """As `apply_maps`, for maps that are one already (`compose`); differentiable."""
     out_ne = x_nd @ weight_kde[0] + bias_ke[0]
     if gate is None:
         return out_ne

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patch_retriever.features import Features
-from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
+from patch_retriever.patch.artefact import Patch
 from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.metrics import hits, ranks
 from patch_retriever.retrieval.statistics import Difference, Resamples
@@ -49,8 +49,9 @@ def evaluate(
     total: dict[str, NDArray[np.float64]] = {}
     for patch in patches:
         found = features(patch) if callable(features) else features
-        sides = [patch.embed(found, role).numpy() for role in (QUERY, DOCUMENT)]
-        for name, hit in evaluate_embeddings(sides[0], sides[1], collection).hits_by_task.items():
+        queries_ne, documents_ne = (side.numpy() for side in patch.embed_both(found))
+        outcome = evaluate_embeddings(queries_ne, documents_ne, collection)
+        for name, hit in outcome.hits_by_task.items():
             total[name] = total.get(name, 0) + hit / len(patches)
     return Outcome(total)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_SCORES_AT_ONCE = 1 << 24
+"""Of queries and documents (64 MiB in float32)."""
 
 CUTOFFS = (1, 5, 10)
 """k of every reported R@k: the share of queries with a relevant document among the first k
@@ -36,14 +40,27 @@ def ranks(
     A relevant document that ties with irrelevant ones ranks behind them, so that a model that
     gives everything the same vector finds nothing.
     """
-    most, n = max(len(r) for r in relevant), len(documents_nd)
-    scores_qk, found_qk = search(queries_qd, documents_nd, min(n, depth + most))
-    answers = np.concatenate([np.asarray(r) + n * q for q, r in enumerate(relevant)])
-    hit_qk = np.isin(found_qk + n * np.arange(len(relevant))[:, None], answers)
-    best_q1 = np.where(hit_qk, scores_qk, -np.inf).max(1, keepdims=True)
-    ahead_q = ((scores_qk >= best_q1) & ~hit_qk).sum(1)
-    # without a hit, at least `depth` irrelevant documents came first
-    return np.minimum(ahead_q, depth) + 1
+    import torch
+
+    counts_q = np.fromiter(map(len, relevant), dtype=np.int64, count=len(relevant))
+    answers_a = np.fromiter(chain.from_iterable(relevant), dtype=np.int64, count=counts_q.sum())
+    starts_q = counts_q.cumsum() - counts_q
+    documents = torch.from_numpy(np.ascontiguousarray(documents_nd, dtype=np.float32))
+    ranks_q = np.empty(len(relevant), dtype=np.int64)
+    step = max(1, _SCORES_AT_ONCE // len(documents))
+    for first in range(0, len(relevant), step):
+        part = slice(first, first + step)
+        queries = torch.from_numpy(np.ascontiguousarray(queries_qd[part], dtype=np.float32))
+        scores_qn = (queries @ documents.T).numpy()
+        rows_a = np.repeat(np.arange(len(scores_qn)), counts_q[part])
+        columns_a = answers_a[starts_q[first] :][: len(rows_a)]
+        found_a = scores_qn[rows_a, columns_a]
+        best_q = np.fmax.reduceat(found_a, starts_q[part] - starts_q[first])
+        scores_qn[rows_a, columns_a] = -np.inf
+        ahead_q = (scores_qn >= best_q[:, None]).sum(1)
+        ahead_q[np.isnan(best_q)] = depth  # what is no number is never found
+        ranks_q[part] = np.minimum(ahead_q, depth) + 1
+    return ranks_q
 
 
 def hits(ranks_q: NDArray[np.int64]) -> NDArray[np.float64]:

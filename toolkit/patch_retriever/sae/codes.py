@@ -90,13 +90,30 @@ class Codes:
         """Active concepts per item."""
         return len(self.values_e) / len(self)
 
+    def of(self, concepts_m: Tensor) -> Codes:
+        """The columns of some concepts alone, in their order: a matrix (n, m)."""
+        place_c = torch.full((self.n_concepts,), -1, device=concepts_m.device)
+        place_c[concepts_m] = torch.arange(len(concepts_m), device=concepts_m.device)
+        place_e = place_c[self.concepts_e]
+        keep_e = place_e >= 0
+        return Codes.from_entries(
+            self.rows_e[keep_e], place_e[keep_e], self.values_e[keep_e], len(self), len(concepts_m)
+        )
+
+    def to(self, device: torch.device | str) -> Codes:
+        """The same on a device."""
+        entries = (self.starts_n1, self.concepts_e, self.values_e)
+        starts_n1, concepts_e, values_e = (tensor.to(device) for tensor in entries)
+        return Codes(starts_n1, concepts_e, values_e, self.n_concepts)
+
     def counts(self) -> Tensor:
         """How many items each concept is active in, (c,)."""
         return torch.bincount(self.concepts_e, minlength=self.n_concepts)
 
     def scaled(self, scale_c: Tensor) -> Codes:
         """Every concept's activations times its entry in `scale_c`."""
-        values_e = self.values_e * scale_c[self.concepts_e]
+        # index_select: the backward pass of plain indexing adds in no fixed order on many threads
+        values_e = self.values_e * scale_c.index_select(0, self.concepts_e)
         return Codes(self.starts_n1, self.concepts_e, values_e, self.n_concepts)
 
     def sum(self) -> Tensor:

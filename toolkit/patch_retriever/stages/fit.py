@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import Readout
-from patch_retriever.config import BuildConfig
+from patch_retriever.config import MOST_ITEMS, BuildConfig
 from patch_retriever.data import SPLITS, Data
 from patch_retriever.patch.calibration import Calibration
+from patch_retriever.patch.fit import fitting_device
 from patch_retriever.patch.methods import Method
 from patch_retriever.progress import Progress
 from patch_retriever.runs import Run
@@ -113,13 +115,22 @@ def fit(
         codes=config.codes,
     )
     calibration = load_calibration(
-        readout, data, patched, sae, concepts, config.seed, config.patch_at
+        readout,
+        data,
+        patched,
+        sae,
+        concepts,
+        config.seed,
+        config.patch_at,
+        fitting_device(device_of(transformer)),
+        config.max_calibration_items,
     )
-    found = tuple(methods(calibration))
+    found, most = tuple(methods(calibration)), config.max_calibration_items
     selected = stage(
         "select",
         lambda folder: select(calibration, data, patched, readout, folder, progress, found),
         f"score{end}",
         *([] if config.patch_at is None else [f"unpatched{end}"]),
+        **({} if most == MOST_ITEMS else {"max_calibration_items": most}),
     )
     return Fit(weights, patched, concepts, calibration, found, selected, f"select{end}")

@@ -140,11 +140,11 @@ def _scores(
     aligned = None
     by_kind = pairs_to_images(sample.pairs.values(), sample.kinds_n)
     if align and 0 in by_kind:
-        r = min(seen_nd.shape[1], MAX_CANONICAL)
-        aligned = score(fit.cca(seen_nd, sample.kinds_n, by_kind, _SHRINKAGE, r))
+        pairs = fit.PairStatistics(seen_nd, sample.kinds_n, by_kind)
+        aligned = score(fit.cca(pairs, _SHRINKAGE, min(seen_nd.shape[1], MAX_CANONICAL)))
     return Scores(
         evaluate_pooled(held_out_nd, validation).score,
-        score(fit.centre(seen_nd, groups, "modality")),
+        score(fit.centre(fit.Statistics(seen_nd, groups, "modality"))),
         aligned,
     )
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import TABLE
 from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.data import Data
+from patch_retriever.features import Features
 from patch_retriever.files import write_json
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration, Layer
 from patch_retriever.patch.fit import GradedTask, fit_gate
 from patch_retriever.patch.methods import Method
+from patch_retriever.patch.operators import Subtract
+from patch_retriever.patch.sample import renumbered, sampled_items
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.evaluate import evaluate
 from patch_retriever.sae.formats import load_sae
@@ -34,29 +36,47 @@ def load_calibration(
     concepts: Path,
     seed: int,
     layer: str | None = None,
+    device: str = "cpu",
+    most: int | None = None,
 ) -> Calibration:
-    """What the methods learn from, and a gate where it holds on validation too; `layer` is where
-    the SAE's activations are from, if not from the readout."""
-    found, held_out = (features(split, {}) for split in ("calibration", "validation"))
+    """What the methods learn from, and a gate where it holds on validation too.
+
+    `layer` is where the SAE's activations are from, if not from the readout; methods are fitted on
+    `device`, with at most `most` items of each modality (None: all).
+    """
+    collection = data.splits["calibration"]
+    directions = dict.fromkeys(task.direction for task in collection.tasks)
+    pairs = {one: torch.from_numpy(collection.pairs((one,))) for one in directions}
+    kinds_n = torch.from_numpy(collection.kinds())
+    kept_m = sampled_items(kinds_n, pairs.values(), most or len(kinds_n), seed)
+
+    def patched(layers: Mapping[str, Subtract]) -> Features:
+        whole = features("calibration", layers)
+        return whole if len(kept_m) == len(kinds_n) else whole.some(kept_m)
+
+    found, held_out = patched({}), features("validation", {})
     gate = fit_gate(found.mean_nd, found.kinds_n)
     if gate is not None and not bool((gate.kinds(held_out.mean_nd) == held_out.kinds_n).all()):
         gate = None
-    collection = data.splits["calibration"]
     queries = sorted({i for task in collection.tasks for i in task.queries})
     documents = sorted({i for task in collection.tasks for i in task.documents})
-    directions = dict.fromkeys(task.direction for task in collection.tasks)
     return Calibration(
         readout.site,
         found,
         load_sae(sae_folder),
         ConceptTable.load(concepts / TABLE),
         gate,
-        torch.tensor(queries),
-        torch.tensor(documents),
-        {direction: torch.from_numpy(collection.pairs((direction,))) for direction in directions},
-        tuple(GradedTask.of(t.queries, t.documents, t.relevant) for t in collection.tasks),
+        renumbered(torch.tensor(queries), kept_m),
+        renumbered(torch.tensor(documents), kept_m),
+        {direction: renumbered(pairs_n2, kept_m) for direction, pairs_n2 in pairs.items()},
+        tuple(
+            GradedTask.of(t.queries, t.documents, t.relevant).among(kept_m)
+            for t in collection.tasks
+        ),
         seed,
-        None if layer is None else Layer(layer, partial(features, "calibration")),
+        None if layer is None else Layer(layer, patched),
+        device,
+        len(kinds_n),
     )
 
 
@@ -127,5 +147,9 @@ def _provenance(
         "needs": choice["needs"],
         "setting": choice["setting"],
         "reason": patch.about.get("reason", ""),
+        "calibration_items": {
+            "used": len(calibration.kinds_n),
+            "of": calibration.of_items,
+        },
         "concepts": concepts,
     }

@@ -1,9 +1,9 @@
 """Fitting the affine operators: statistics from calibration vectors, closed forms and one that goes
 on by a contrastive loss.
 
-Every function takes the vectors `x_nd` as they are where the operator will stand. Those without
-pairs take `groups`, too: the item numbers of each group that the operator tells apart
-(`GROUPS[by]`). A group with too few items takes the statistics of all.
+Every function takes the statistics of vectors as they are where the operator will stand:
+`Statistics` by groups of items, or `PairStatistics`. One object serves all settings: what it holds
+is computed when it is first needed, and once.
 """
 
 from patch_retriever.patch.fit.alignment import cca, procrustes, ridge
@@ -25,16 +25,26 @@ from patch_retriever.patch.fit.geometry import (
     weigh,
     zca_whiten,
 )
+from patch_retriever.patch.fit.statistics import (
+    Moments,
+    PairStatistics,
+    Statistics,
+    fitting_device,
+)
 
 __all__ = [
     "ConceptCodes",
     "ContrastiveSettings",
     "GradedTask",
+    "Moments",
+    "PairStatistics",
+    "Statistics",
     "all_but_the_top",
     "cca",
     "centre",
     "contrastive",
     "fit_gate",
+    "fitting_device",
     "leace",
     "pca_whiten",
     "principal_gains",

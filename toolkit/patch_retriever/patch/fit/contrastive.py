@@ -33,6 +33,25 @@ class GradedTask:
             torch.tensor(queries), torch.tensor(documents), sizes.cumsum(0), torch.tensor(flat)
         )
 
+    def among(self, kept_m: Tensor) -> GradedTask:
+        """The task over some items, renumbered by their places in `kept_m` (ascending): without the
+        other documents, and without the queries that have no relevant one left."""
+        if len(self.queries_q) == 0:
+            return self
+        in_n = torch.isin(self.documents_n, kept_m)
+        place_n = in_n.cumsum(0) - 1
+        keeps_e = in_n[self.relevant_e]
+        row_e = torch.arange(len(self.queries_q)).repeat_interleave(self.starts_q1.diff())
+        left_q = torch.bincount(row_e[keeps_e], minlength=len(self.queries_q))
+        asks_q = torch.isin(self.queries_q, kept_m) & (left_q > 0)
+        keeps_e &= asks_q[row_e]
+        return GradedTask(
+            torch.searchsorted(kept_m, self.queries_q[asks_q]),
+            torch.searchsorted(kept_m, self.documents_n[in_n]),
+            torch.cat([left_q.new_zeros(1), left_q[asks_q].cumsum(0)]),
+            place_n[self.relevant_e[keeps_e]],
+        )
+
     def batch(
         self, queries: int, documents: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,6 +84,10 @@ class ConceptCodes:
     codes: Codes
     dictionary_cw: Tensor
 
+    def to(self, device: str) -> ConceptCodes:
+        """The same on a device."""
+        return ConceptCodes(self.codes.to(device), self.dictionary_cw.to(device))
+
 
 @dataclass(frozen=True)
 class ContrastiveSettings:
@@ -89,6 +112,7 @@ def contrastive(
     settings: ContrastiveSettings,
     seed: int,
     concepts: ConceptCodes | None = None,
+    device: str = "cpu",
 ) -> tuple[Affine, Tensor | None]:
     """`start`, an affine map for each kind, changed so that every task's queries are nearer to
     what is relevant to them than to its other documents; with `concepts` also how much of each to
@@ -100,6 +124,9 @@ def contrastive(
     few products.
     """
     generator = torch.Generator().manual_seed(seed)
+    x_nd, kinds_n, start = x_nd.to(device), kinds_n.to(device), start.to(device)
+    concepts = None if concepts is None else concepts.to(device)
+    tasks = [task for task in tasks if len(task.queries_q)]
     scale_g11 = start.weight_gde.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
     weight_gde = torch.zeros_like(start.weight_gde, requires_grad=True)
     bias_ge = torch.zeros_like(start.bias_ge, requires_grad=True)
@@ -124,8 +151,10 @@ def contrastive(
         return _embedded(x_md, kinds_n[items_m], *current())
 
     for step in range(settings.steps):
-        queries_q, documents_m, relevant_qm = tasks[step % len(tasks)].batch(
-            settings.queries, settings.documents, generator
+        task = tasks[step % len(tasks)]
+        queries_q, documents_m, relevant_qm = (
+            tensor.to(device)
+            for tensor in task.batch(settings.queries, settings.documents, generator)
         )
         scores_qm = embedded(queries_q) @ embedded(documents_m).T / settings.temperature
         itself_qm = (queries_q[:, None] == documents_m[None, :]) & ~relevant_qm
@@ -138,8 +167,8 @@ def contrastive(
         loss.backward()
         optimizer.step()
     weights, biases = (tensor.detach() for tensor in current())
-    aligned = replace(start, name="contrastive", weight_gde=weights, bias_ge=biases)
-    return aligned, None if strength_c is None else strength_c.detach().clamp(-1, 1)
+    aligned = replace(start, name="contrastive", weight_gde=weights, bias_ge=biases).to("cpu")
+    return aligned, None if strength_c is None else strength_c.detach().clamp(-1, 1).cpu()
 
 
 def _embedded(x_nd: Tensor, kinds_n: Tensor, weight_gde: Tensor, bias_ge: Tensor) -> Tensor:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from patch_retriever.patch.fit.statistics import (
+    Moments,
+    Statistics,
     affine,
     inverse_deviations,
-    inverse_root,
-    mean_of,
-    moments,
-    with_unit_variance,
 )
-from patch_retriever.patch.operators import Affine, By
+from patch_retriever.patch.operators import Affine
 
 
-def centre(x_nd: Tensor, groups: Sequence[Tensor], by: By) -> Affine:
+def centre(statistics: Statistics) -> Affine:
     """x - mean of the item's group."""
-    means = [mean_of(x_nd, rows) for rows in groups]
-    eye = torch.eye(x_nd.shape[1], dtype=torch.float64)
-    return affine("centre", by, means, [eye] * len(means))
+    means = [moments.mean_d for moments in statistics.moments]
+    return affine("centre", statistics.by, means, [_eye(moments) for moments in statistics.moments])
 
 
 def weigh(x_nd: Tensor, d: int, first_weight: float) -> Affine:
@@ -36,7 +33,7 @@ def weigh(x_nd: Tensor, d: int, first_weight: float) -> Affine:
     return affine("weigh parts", "all", [zero_w], [torch.diag(diagonal_w)])
 
 
-def standardise(x_nd: Tensor, groups: Sequence[Tensor], by: By) -> Affine:
+def standardise(statistics: Statistics) -> Affine:
     """(x - mean) / standard deviation, dimension by dimension and up to one scale for a group
     (I0T_post, arXiv 2412.14384).
 
@@ -44,23 +41,23 @@ def standardise(x_nd: Tensor, groups: Sequence[Tensor], by: By) -> Affine:
     between is no affine map and could not be exported.
     """
 
-    def weight(covariance_dd: Tensor) -> Tensor:
-        return torch.diag(inverse_deviations(covariance_dd.diagonal()))
+    def weight(moments: Moments) -> Tensor:
+        return torch.diag(inverse_deviations(moments.covariance_dd.diagonal() / moments.scale))
 
-    return _from_covariance("standardise", x_nd, groups, by, weight)
+    return _group_by_group("standardise", statistics, weight)
 
 
-def all_but_the_top(x_nd: Tensor, groups: Sequence[Tensor], by: By, r: int) -> Affine:
+def all_but_the_top(statistics: Statistics, r: int) -> Affine:
     """(x - mean) without its first `r` principal components (Mu & Viswanath, arXiv 1702.01417)."""
 
-    def weight(covariance_dd: Tensor) -> Tensor:
-        top_dr = torch.linalg.eigh(covariance_dd).eigenvectors[:, -r:]
-        return torch.eye(len(top_dr), dtype=torch.float64) - top_dr @ top_dr.T
+    def weight(moments: Moments) -> Tensor:
+        top_dr = moments.spectrum[1][:, -r:]
+        return _eye(moments) - top_dr @ top_dr.T
 
-    return _from_covariance("all-but-the-top", x_nd, groups, by, weight)
+    return _group_by_group("all-but-the-top", statistics, weight)
 
 
-def pca_whiten(x_nd: Tensor, groups: Sequence[Tensor], by: By, k: int) -> Affine:
+def pca_whiten(statistics: Statistics, k: int) -> Affine:
     """(x - mean) U (Lambda + eps)^-1/2, U the first `k` principal components (Su et al., arXiv
     2103.15316); no shrinkage.
 
@@ -68,43 +65,39 @@ def pca_whiten(x_nd: Tensor, groups: Sequence[Tensor], by: By, k: int) -> Affine
     component is positive, so that at least the signs of alike components agree.
     """
 
-    def weight(covariance_dd: Tensor) -> Tensor:
-        values_d, vectors_dd = torch.linalg.eigh(covariance_dd)
+    def weight(moments: Moments) -> Tensor:
+        values_d, vectors_dd = moments.unit_spectrum
         values_k, top_dk = values_d[-k:].flip(0), vectors_dd[:, -k:].flip(1)
         signs_1k = top_dk.gather(0, top_dk.abs().argmax(0, keepdim=True)).sign()
         return top_dk * signs_1k * inverse_deviations(values_k)
 
-    return _from_covariance(f"pca whitening {k}", x_nd, groups, by, weight)
+    return _group_by_group(f"pca whitening {k}", statistics, weight)
 
 
-def realign(x_nd: Tensor, groups: Sequence[Tensor], by: By, beta: float) -> Affine:
+def realign(statistics: Statistics, beta: float) -> Affine:
     """ReAlign: (x - mu) U (Lambda + eps)^-1/2 U^T of the shrunk covariance (paper, Eq. 11-12)."""
-    return _from_covariance(
-        f"realign {beta:g}", x_nd, groups, by, lambda v_dd: inverse_root(v_dd, beta)
-    )
+    return _group_by_group(f"realign {beta:g}", statistics, lambda m: m.inverse_root(beta))
 
 
-def zca_whiten(x_nd: Tensor, groups: Sequence[Tensor], by: By) -> Affine:
+def zca_whiten(statistics: Statistics) -> Affine:
     """(x - mean) U (Lambda + eps)^-1/2 U^T: ReAlign without shrinkage."""
-    return replace(realign(x_nd, groups, by, 0.0), name="zca whitening")
+    return replace(realign(statistics, 0.0), name="zca whitening")
 
 
-def _from_covariance(
-    name: str,
-    x_nd: Tensor,
-    groups: Sequence[Tensor],
-    by: By,
-    weight: Callable[[Tensor], Tensor],
+def _group_by_group(
+    name: str, statistics: Statistics, weight: Callable[[Moments], Tensor]
 ) -> Affine:
-    """(x - mean) times what `weight` makes of the covariance, group by group."""
-    found = [moments(x_nd, rows) for rows in groups]
-    means = [mean_d for mean_d, _ in found]
-    weights = [weight(with_unit_variance(covariance_dd)) for _, covariance_dd in found]
-    return affine(name, by, means, weights)
+    """(x - mean) times what `weight` makes of the moments of each group."""
+    found = statistics.moments
+    return affine(name, statistics.by, [m.mean_d for m in found], [weight(m) for m in found])
 
 
-def principal_gains(x_nd: Tensor, gains_d: Tensor, vectors_dd: Tensor) -> Affine:
+def _eye(moments: Moments) -> Tensor:
+    return torch.eye(moments.x_nd.shape[1], dtype=torch.float64, device=moments.device)
+
+
+def principal_gains(gains_d: Tensor, vectors_dd: Tensor) -> Affine:
     """x V diag(g) V^T: a gain for every principal component (the columns of `vectors_dd`)."""
     weight_dd = (vectors_dd * gains_d) @ vectors_dd.T
-    zero_d = torch.zeros(x_nd.shape[1], dtype=torch.float64)
-    return affine("principal gains", "all", [zero_d], [weight_dd.double()])
+    zero_d = torch.zeros_like(weight_dd[0])
+    return affine("principal gains", "all", [zero_d], [weight_dd])

@@ -21,7 +21,7 @@ _MEAN_WEIGHTS = (0.5, 1.0)
 
 def rows(c: Calibration) -> Iterator[Method]:
     """Closed forms with statistics per modality."""
-    yield Method("Procrustes", "pairs", lambda: one_patch(c, procrustes(c)))
+    yield Method("Procrustes", "pairs", lambda: one_patch(c, fit.procrustes(c.vectors().pairs)))
     weights = _MEAN_WEIGHTS if c.n_parts > 1 else (None,)
     weighed = [{} if w is None else {"mean_weight": w} for w in weights]
     yield Method(
@@ -30,18 +30,12 @@ def rows(c: Calibration) -> Iterator[Method]:
         lambda **setting: one_patch(c, *cca(c, **setting)),
         tuple({"shrinkage": s, **w} for w in weighed for s in BETAS),
     )
-    x_nd, kinds_n = c.features.pooled_nd, c.kinds_n
     yield Method(
         "ridge regression",
         "pairs",
-        lambda shrinkage: one_patch(c, fit.ridge(x_nd, kinds_n, c.pairs_to_images, shrinkage)),
+        lambda shrinkage: one_patch(c, fit.ridge(c.vectors().pairs, shrinkage)),
         tuple({"shrinkage": s} for s in _PENALTIES),
     )
-
-
-def procrustes(c: Calibration, *before: Affine, subtract: Subtract | None = None) -> Affine:
-    """Rotations of what `subtract` and the maps `before` leave."""
-    return fit.procrustes(c.vectors_after(before, subtract), c.kinds_n, c.pairs_to_images)
 
 
 def cca(
@@ -51,10 +45,8 @@ def cca(
     subtract: Subtract | None = None,
 ) -> tuple[Affine, ...]:
     """CCA of what `subtract` leaves; the parts of a readout of two are weighed before it."""
-    before: tuple[Affine, ...] = ()
+    vectors, before = c.vectors(subtract), list[Affine]()
     if mean_weight is not None:
-        x_nd = c.vectors_after((), subtract)
-        before = (fit.weigh(x_nd, x_nd.shape[1] // c.n_parts, mean_weight),)
-    x_nd = c.vectors_after(before, subtract)
-    r = min(x_nd.shape[1], MAX_CANONICAL)
-    return (*before, fit.cca(x_nd, c.kinds_n, c.pairs_to_images, shrinkage, r))
+        vectors, *before = vectors.weighed(mean_weight)
+    r = min(vectors.x_nd.shape[1], MAX_CANONICAL)
+    return (*before, fit.cca(vectors.pairs, shrinkage, r))

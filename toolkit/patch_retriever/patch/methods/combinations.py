@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
-from patch_retriever.patch.methods.alignment import cca, procrustes
+from patch_retriever.patch.methods.alignment import cca
 from patch_retriever.patch.methods.gains import strengths_from_gains
 from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.methods.removal import top_concepts
@@ -48,7 +48,7 @@ def _realigned(
     c: Calibration, subtract: Subtract | None, beta: float, turned: bool, reason: str
 ) -> list[Patch]:
     """What `subtract` leaves, whitened per modality, then `turned` by Procrustes or not."""
-    x_nd = c.vectors_after((), subtract)
-    whitening = fit.realign(x_nd, c.groups("modality"), "modality", beta)
-    turns = (procrustes(c, whitening, subtract=subtract),) if turned else ()
+    vectors = c.vectors(subtract)
+    whitening = fit.realign(vectors.statistics("modality"), beta)
+    turns = (fit.procrustes(vectors.after(whitening).pairs),) if turned else ()
     return one_patch(c, whitening, *turns, subtract=subtract, reason=reason)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.methods.alignment import cca
 from patch_retriever.patch.methods.method import DRAWS, Method, one_patch
-from patch_retriever.patch.operators import Subtract
+from patch_retriever.patch.operators import Affine, Subtract
 
 _SHRINKAGE, _MEAN_WEIGHT = 0.5, 1.0
 """Of the CCA that it starts from."""
@@ -48,9 +49,7 @@ def _patches(c: Calibration, draws: Iterable[int | None]) -> list[Patch]:
 def _aligned(c: Calibration) -> Patch:
     if "contrastive" not in c.cache:
         *before, start = cca(c, _SHRINKAGE, _mean_weight(c))
-        x_nd = c.vectors_after(tuple(before), None)
-        settings = fit.ContrastiveSettings()
-        step, _ = fit.contrastive(x_nd, c.kinds_n, start, c.tasks, settings, c.seed)
+        step, _ = _learned(c, before, start)
         (c.cache["contrastive"],) = one_patch(c, *before, step)
     return c.cache["contrastive"]
 
@@ -62,19 +61,11 @@ def _with_concepts(c: Calibration, draw: int | None) -> list[Patch]:
         generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
         rows_c = torch.randperm(c.sae.n_concepts, generator=generator)
     *before, start = cca(c, _SHRINKAGE, _mean_weight(c))
-    x_nd = c.vectors_after(tuple(before), None)
     dictionary_cw = c.dictionary_cw[rows_c]
     for step in before:
         dictionary_cw = dictionary_cw @ step.weight_gde[0]
-    step, strength_c = fit.contrastive(
-        x_nd,
-        c.kinds_n,
-        start,
-        c.tasks,
-        fit.ContrastiveSettings(),
-        c.seed,
-        fit.ConceptCodes(c.features.codes, dictionary_cw),
-    )
+    concepts = fit.ConceptCodes(c.features.codes, dictionary_cw)
+    step, strength_c = _learned(c, before, start, concepts)
     assert strength_c is not None
     strength_c = torch.where(strength_c.abs() < _LEAST, 0.0, strength_c)
     if not bool(strength_c.any()):
@@ -83,6 +74,24 @@ def _with_concepts(c: Calibration, draw: int | None) -> list[Patch]:
     subtract = replace(subtract, W_dec_md=c.sae.W_dec_cd[rows_c[subtract.concepts_m]])
     reason = "strengths learned with the alignment"
     return one_patch(c, *before, step, subtract=subtract, reason=reason)
+
+
+def _learned(
+    c: Calibration,
+    before: Sequence[Affine],
+    start: Affine,
+    concepts: fit.ConceptCodes | None = None,
+) -> tuple[Affine, Tensor | None]:
+    return fit.contrastive(
+        c.vectors().after(*before).x_nd,
+        c.kinds_n,
+        start,
+        c.tasks,
+        fit.ContrastiveSettings(),
+        c.seed,
+        concepts,
+        c.device,
+    )
 
 
 def _mean_weight(c: Calibration) -> float | None:

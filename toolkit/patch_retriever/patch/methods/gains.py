@@ -10,7 +10,7 @@ from torch import Tensor
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
-from patch_retriever.patch.gains import GainSettings, learn_gains
+from patch_retriever.patch.gains import Components, GainSettings, learn_gains
 from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.methods.removal import subtracting
 from patch_retriever.patch.operators import Affine
@@ -46,11 +46,11 @@ def strengths_from_gains(c: Calibration, pairs: str, sparsity: float) -> Tensor:
     if key not in c.cache:
         gains_c = learn_gains(
             c.centred_nd,
-            c.centred_codes_nc,
-            c.dictionary_cw,
+            c.centred_codes,
             _pairs(c, pairs),
             GainSettings(sparsity=sparsity),
             c.seed,
+            c.device,
         )
         fires_c = c.features.codes.sum() > 0
         c.cache[key] = torch.where(fires_c & (gains_c < 0.98), 1 - gains_c, 0.0)
@@ -64,13 +64,18 @@ def _pairs(c: Calibration, which: str) -> list[Tensor]:
 
 
 def _principal_gains(c: Calibration, pairs: str) -> tuple[Affine, Affine]:
-    covariance_dd = c.centred_nd.T @ c.centred_nd / len(c.centred_nd)
-    vectors_dd = torch.linalg.eigh(covariance_dd.double()).eigenvectors
-    codes_nd = (c.centred_nd.double() @ vectors_dd).float()
-    dictionary_dd = vectors_dd.T.float()
+    vectors_dd = _principal_components(c)
+    parts = Components.of(c.centred_nd, vectors_dd)
     gains_d = learn_gains(
-        c.centred_nd, codes_nd, dictionary_dd, _pairs(c, pairs), GainSettings(), c.seed
-    )
-    by = c.sides[-1]
-    centring = fit.centre(c.features.pooled_nd, c.groups(by), by)
-    return centring, fit.principal_gains(c.centred_nd, gains_d.double(), vectors_dd)
+        c.centred_nd, parts, _pairs(c, pairs), GainSettings(), c.seed, c.device
+    ).to(vectors_dd)
+    centring = fit.centre(c.vectors().statistics(c.sides[-1]))
+    return centring, fit.principal_gains(gains_d, vectors_dd)
+
+
+def _principal_components(c: Calibration) -> Tensor:
+    """Eigenvectors (d, d), in columns, of the covariance within kinds."""
+    if "components" not in c.cache:
+        everything = torch.arange(len(c.kinds_n))
+        c.cache["components"] = fit.Moments(c.centred_nd, everything, c.device).spectrum[1]
+    return c.cache["components"]

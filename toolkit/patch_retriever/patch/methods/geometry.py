@@ -27,7 +27,7 @@ def rows(c: Calibration) -> Iterator[Method]:
 
     def row(name: str, by: By, fitted: Callable[..., Affine], *grid: Setting) -> Method:
         def make(**setting: Any) -> list[Patch]:
-            return one_patch(c, fitted(c.features.pooled_nd, c.groups(by), by, **setting))
+            return one_patch(c, fitted(c.vectors().statistics(by), **setting))
 
         return Method(f"{name}, {_BY_NAME[by]}", "unpaired items", make, grid or ({},))
 
@@ -51,8 +51,8 @@ def rows(c: Calibration) -> Iterator[Method]:
 
 def _leace(c: Calibration, then: str) -> list[Patch]:
     """Erased kinds; LEACE leaves the mean of all items, which centring takes away."""
-    erasure = fit.leace(c.features.pooled_nd, c.kinds_n)
+    (moments,) = c.vectors().statistics("all").moments
+    erasure = fit.leace(moments, c.kinds_n)
     if then == "nothing":
         return one_patch(c, erasure)
-    x_nd = c.vectors_after((erasure,), None)
-    return one_patch(c, erasure, fit.centre(x_nd, c.groups("all"), "all"))
+    return one_patch(c, erasure, fit.centre(c.vectors().after(erasure).statistics("all")))

@@ -106,11 +106,9 @@ def subtracting(
         c = c.without(subtract)
     if then == "nothing":
         return one_patch(c, subtract=subtract, reason=reason)
-    x_nd, by = c.vectors_after((), subtract if c.layer is None else None), c.sides[-1]
-    if then == "centre":
-        step = fit.centre(x_nd, c.groups(by), by)
-    else:
-        step = fit.realign(x_nd, c.groups(by), by, beta)
+    vectors = c.vectors(subtract if c.layer is None else None)
+    statistics = vectors.statistics(c.sides[-1])
+    step = fit.centre(statistics) if then == "centre" else fit.realign(statistics, beta)
     return one_patch(c, step, subtract=subtract, reason=reason)
 
 

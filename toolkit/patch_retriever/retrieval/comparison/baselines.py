@@ -9,18 +9,17 @@ with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from patch_retriever.items import KINDS
 from patch_retriever.patch import fit
-from patch_retriever.patch.operators import Affine, By
+from patch_retriever.patch.operators import Affine
 from patch_retriever.retrieval.vectors import Vectors, chunks
 
 BETA = 0.1
@@ -28,7 +27,7 @@ BETA = 0.1
 MOST = 50_000
 """Items that statistics are taken of; of more, this many drawn at random."""
 
-Fit = Callable[[Tensor, Sequence[Tensor], By], Affine]
+Fit = Callable[[fit.Statistics], Affine]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def baselines(with_calibration: bool) -> list[Baseline]:
     """All of them; the deployable ones only where there is something to calibrate on."""
     fits: dict[str, Fit] = {
         "centring": fit.centre,
-        f"ReAlign {BETA:g}": lambda x_nd, groups, by: fit.realign(x_nd, groups, by, BETA),
+        f"ReAlign {BETA:g}": lambda statistics: fit.realign(statistics, BETA),
     }
     sources = (False, True) if with_calibration else (True,)
     return [
@@ -103,10 +102,12 @@ def calibrated(
     x_nd = torch.from_numpy(np.concatenate(list(chunks(known[0], rows))))
     kinds = torch.from_numpy(known[1][rows])
     groups = [(kinds == kind).nonzero()[:, 0] for kind in range(len(KINDS))]
-    return MappedVectors(test[0], baseline.fit(x_nd, groups, "modality"), test[1])
+    return MappedVectors(test[0], baseline.fit(fit.Statistics(x_nd, groups, "modality")), test[1])
 
 
 def transductive(baseline: Baseline, test: tuple[Vectors, NDArray[np.int8]]) -> Vectors:
     """One side of a task, corrected by its own statistics, whatever the kinds of its items."""
     x_nd = torch.from_numpy(np.concatenate(list(chunks(test[0], sample(test[0])))))
-    return MappedVectors(test[0], baseline.fit(x_nd, [torch.arange(len(x_nd))], "all"), test[1])
+    return MappedVectors(
+        test[0], baseline.fit(fit.Statistics(x_nd, [torch.arange(len(x_nd))], "all")), test[1]
+    )
