@@ -22,6 +22,8 @@ class Features:
 
     `role_energy_cr`, where it was asked for, is every concept's mean activation on the tokens of
     each role (index into `ROLES`; all tokens of all items, whatever the pooling reads).
+
+    `scale_n` are the tokens' scales pooled like the tokens, where the SAE has a scale per token.
     """
 
     pooled_nd: Tensor
@@ -29,10 +31,11 @@ class Features:
     codes: Codes
     kinds_n: Tensor
     role_energy_cr: Tensor | None = None
+    scale_n: Tensor | None = None
 
     def reconstructed(self, sae: SparseAutoencoder) -> Tensor:
         """Pooled vectors as the SAE rebuilds them, (n, d): what it misses is what they lack."""
-        return self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+        return sae.decode(self.codes, self.pooled_nd, self.scale_n)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -41,6 +44,8 @@ class Features:
         tensors["n_concepts"] = self.codes.starts_n1.new_tensor([self.codes.n_concepts])
         if self.role_energy_cr is not None:
             tensors["role_energy_cr"] = self.role_energy_cr
+        if self.scale_n is not None:
+            tensors["scale_n"] = self.scale_n
         write_tensors(path, tensors)
 
     @classmethod
@@ -50,4 +55,5 @@ class Features:
 
         t = load_file(path)
         codes = Codes(t["starts_n1"], t["concepts_e"], t["values_e"], int(t["n_concepts"]))
-        return cls(t["pooled_nd"], t["mean_nd"], codes, t["kinds_n"], t.get("role_energy_cr"))
+        optional = (t.get("role_energy_cr"), t.get("scale_n"))
+        return cls(t["pooled_nd"], t["mean_nd"], codes, t["kinds_n"], *optional)

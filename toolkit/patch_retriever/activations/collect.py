@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,14 @@ class LiveSource:
         if len(self.training) < processes:
             raise UserError(f"{len(items)} items are too few to train on; give more")
 
+    @cached_property
+    def n_tokens(self) -> int:
+        """Estimated from one batch of items from all over them."""
+        picks = torch.linspace(0, len(self.training) - 1, self.batch_size).round().long().unique()
+        sample = [self.items[self.training[i]] for i in picks.tolist()]
+        in_sample = sum(len(roles_t) for _, roles_t, _ in self._tokens(sample))
+        return round(in_sample * len(self.items) / len(sample))
+
     def epoch(self, generator: torch.Generator) -> list[list[int]]:
         """Item numbers in a random order, `items_in_block` at a time."""
         order = torch.randperm(len(self.training), generator=generator).tolist()
@@ -211,12 +220,16 @@ def collect_features(
     roles_of = TokenRoles(transformer) if by_role else None
     role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = torch.empty(2, len(items), sae.d_in).unbind()
+    scale_n = torch.empty(len(items)) if sae.input_scale == "token" else None
     codes: list[tuple[list[int], Codes]] = []
     for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"]
         weights_nt = pooling_weights(mask_nt, readout.pooling)
         pooled_nd[numbers] = pool(tokens_ntd, weights_nt).cpu()
         mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
+        scale_nt = sae.scale(tokens_ntd.float())
+        if scale_n is not None and scale_nt is not None:
+            scale_n[numbers] = (scale_nt * weights_nt).sum(1).cpu()
         roles_nt = None if roles_of is None else roles_of(features).long()
         encoded_nt = weights_nt > 0 if roles_nt is None else mask_nt.bool()
         codes_nc = torch.zeros(len(numbers), sae.n_concepts, device=tokens_ntd.device)
@@ -226,7 +239,7 @@ def collect_features(
                 role_energy.add(roles_nt[item_t.cpu(), position_t.cpu()], codes_tc)
         codes.append((numbers, Codes.from_dense(codes_nc.cpu())))
     energy_cr = role_energy.mean_cr() if by_role else None
-    return Features(pooled_nd, mean_nd, Codes.from_batches(codes), kinds_n, energy_cr)
+    return Features(pooled_nd, mean_nd, Codes.from_batches(codes), kinds_n, energy_cr, scale_n)
 
 
 def _encoded(

@@ -44,7 +44,8 @@ def codes_of(features: Features, sae: SparseAutoencoder, which: CodesOf) -> Code
 def unexplained(features: Features, codes: Codes, sae: SparseAutoencoder) -> dict[str, float]:
     """Fraction of the pooled vectors' variance that `codes` leave unexplained, over all items and
     over those of each kind (0 perfect, 1 no better than the mean)."""
-    rebuilt_nd = codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+    scale_n = features.scale_n if codes is features.codes else None  # pooled vectors have their own
+    rebuilt_nd = sae.decode(codes, features.pooled_nd, scale_n)
     found = {"all": fvu(features.pooled_nd, rebuilt_nd)}
     for number, kind in enumerate(KINDS):
         rows_m = torch.eq(features.kinds_n, number).nonzero()[:, 0]

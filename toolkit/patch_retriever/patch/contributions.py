@@ -5,7 +5,8 @@ x = p - sum_i a_i z_i d_i, and the pooled vector is p = sum_i z_i d_i + b_dec + 
 is linear up to the length l of x W + b, so that e is a sum of
 
 - one vector for each active concept, (1 - a_i) z_i d_i W / l,
-- the geometry, (b_dec W + b) / l: what every item of the group has in common, and
+- the geometry, (b_dec W + b) / l: what every item of the group has in common (with a scale per
+  token also the item's own level and size: std b_dec + mean in place of b_dec), and
 - the residual's, residual W / l.
 
 A similarity is bilinear: a part's contribution is half of <its vector on one side, the other
@@ -29,11 +30,12 @@ from patch_retriever.sae.model import SparseAutoencoder
 @dataclass(frozen=True)
 class PooledItem:
     """One item before any patch: its pooled vector (d,), its raw tokens' mean (d,), which the gate
-    asks, and its pooled codes (c,)."""
+    asks, its pooled codes (c,), and, of an SAE with a scale per token, its pooled scale."""
 
     pooled_d: Tensor
     mean_d: Tensor
     codes_c: Tensor
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,17 @@ def contributions(
         numbers_m: the concepts asked about: every one that is active on either side.
     """
     rows_md = sae.W_dec_cd[numbers_m].double()
-    b_dec_d = sae.b_dec_d.double()
     kept_m = 1 - strengths(patch, sae.n_concepts)[numbers_m].double()
     sides = [
-        _Side.of(patch, item, role, item.codes_c[numbers_m].double(), kept_m, rows_md, b_dec_d)
+        _Side.of(
+            patch,
+            item,
+            role,
+            item.codes_c[numbers_m].double(),
+            kept_m,
+            rows_md,
+            sae.base(item.pooled_d, item.scale).double(),
+        )
         for role, item in ((QUERY, query), (DOCUMENT, document))
     ]
     concepts_m = torch.zeros(len(numbers_m), dtype=torch.float64)
@@ -72,7 +81,7 @@ def contributions(
         seen_d = side.weight_de @ other.embedding_e / side.length
         concepts_m += side.kept_codes_m * (rows_md @ seen_d) / 2
         shift = side.bias_e @ other.embedding_e / side.length
-        geometry += float(b_dec_d @ seen_d + shift) / 2
+        geometry += float(side.base_d @ seen_d + shift) / 2
         residual += float(side.residual_d @ seen_d) / 2
     score = float(sides[0].embedding_e @ sides[1].embedding_e)
     return Contributions(score, concepts_m, geometry, residual)
@@ -93,6 +102,7 @@ class _Side:
     weight_de: Tensor
     bias_e: Tensor
     kept_codes_m: Tensor
+    base_d: Tensor
     residual_d: Tensor
     embedding_e: Tensor
     length: Tensor
@@ -106,14 +116,15 @@ class _Side:
         codes_m: Tensor,
         kept_m: Tensor,
         rows_md: Tensor,
-        b_dec_d: Tensor,
+        base_d: Tensor,
     ) -> _Side:
         weight_de, bias_e = _map_of(patch, item.mean_d, role)
-        residual_d = item.pooled_d.double() - (codes_m @ rows_md + b_dec_d)
-        x_d = (codes_m * kept_m) @ rows_md + b_dec_d + residual_d
+        residual_d = item.pooled_d.double() - (codes_m @ rows_md + base_d)
+        x_d = (codes_m * kept_m) @ rows_md + base_d + residual_d
         out_e = x_d @ weight_de + bias_e
         length = torch.linalg.vector_norm(out_e).clamp(min=1e-12)  # as F.normalize
-        return cls(weight_de, bias_e, codes_m * kept_m, residual_d, out_e / length, length)
+        kept_codes_m = codes_m * kept_m
+        return cls(weight_de, bias_e, kept_codes_m, base_d, residual_d, out_e / length, length)
 
 
 def _map_of(patch: Patch, mean_d: Tensor, role: int) -> tuple[Tensor, Tensor]:
