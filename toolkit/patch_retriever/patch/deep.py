@@ -1,8 +1,9 @@
 """A patch in the middle of the model as sentence-transformers modules, with code of its own.
 
 No stock module can change the residual stream on its way through the layers, nor divide a token by
-its own standard deviation. So the export of such a patch holds a copy of `patched_transformer.py`, and whoever loads it has to say `trust_remote_code=True`. With the
-code there, all of the patch is in it, so that `encode(..., patch=False)` switches all of it off.
+its own standard deviation. So the export of such a patch holds a copy of `patched_transformer.py`,
+and whoever loads it has to say `trust_remote_code=True`. With the code there, all of the patch is
+in it, so that `encode(..., patch=False)` switches all of it off.
 """
 
 from __future__ import annotations

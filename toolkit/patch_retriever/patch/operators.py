@@ -69,7 +69,8 @@ class Subtract:
         """The same on a device; itself where it is there already."""
         if self.W_dec_md.device == device:
             return self
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Subtract(**tensors, input_scale=self.input_scale)
 
     def keeping(self, concepts: Collection[int]) -> Subtract:
         """The same without some concepts (numbers in the SAE), which stay in."""

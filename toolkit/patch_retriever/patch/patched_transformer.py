@@ -57,13 +57,14 @@ class Subtraction(_InFloat32):
         strength_m, W_enc_dm, b_enc_m, threshold_m, W_dec_md = (
             getattr(self, name).to(h_ntd.device) for name in self.FIELDS
         )
-        h_ntd = h_ntd.float()
-        x_ntd, std_nt1 = h_ntd, 1.0
-        if self.EPSILON in self._buffers:
+        x_ntd = h_ntd = h_ntd.float()
+        epsilon = self._buffers.get(self.EPSILON)
+        if epsilon is not None:
             std_nt1 = h_ntd.std(-1, keepdim=True)
-            x_ntd = (h_ntd - h_ntd.mean(-1, keepdim=True)) / (std_nt1 + self.epsilon)
+            x_ntd = (h_ntd - h_ntd.mean(-1, keepdim=True)) / (std_nt1 + epsilon.to(h_ntd.device))
         u = x_ntd @ W_enc_dm + b_enc_m
-        return h_ntd - (u * (u > threshold_m) * strength_m) @ W_dec_md * std_nt1
+        removed_ntd = (u * (u > threshold_m) * strength_m) @ W_dec_md
+        return h_ntd - (removed_ntd if epsilon is None else removed_ntd * std_nt1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ DENSE = 0.1
 
 
 CONTENT = ("image", "text")
-"""The token roles that headline figures are of: what an item says, not what is written around it."""
+"""The token roles that headline figures are of: items themselves, not what is written around."""
 
 
 @dataclass(frozen=True)

@@ -99,11 +99,7 @@ class SparseAutoencoder(nn.Module):
             x_nd: what they are the codes of; only a scale per token needs it.
             scale_n: for a pooled `x_nd`, its tokens' scales, pooled likewise.
         """
-        if isinstance(codes, Codes):
-            sums_nd = codes.matmul(self.W_dec_cd)
-        else:
-            sums_nd = codes @ self.W_dec_cd
-        return sums_nd + self.base(x_nd, scale_n)
+        return codes.matmul(self.W_dec_cd) + self.base(x_nd, scale_n)
 
     def base(self, x_nd: Tensor | None = None, scale_n: Tensor | None = None) -> Tensor:
         """What a reconstruction has beside its concepts: b_dec (d,), or std b_dec + mean (..., d).

@@ -158,7 +158,9 @@ def train_saes(
         tokens = chain(opening, stream)
         for step in progress(range(start, steps), steps - start):
             x_nd, position = next(tokens)
-            seen = {s: normalise(x_nd).to(processes.device) for s, normalise in normalisations.items()}
+            seen = {
+                s: normalise(x_nd).to(processes.device) for s, normalise in normalisations.items()
+            }
             losses = []
             for learner, own in zip(learners, settings, strict=True):
                 x_nd = seen[own.scale_of_input]

@@ -3,8 +3,9 @@
 W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in) and b_dec of one of three architectures: `standard`
 (ReLU), `topk` (with `k`) and `jumprelu` (with the tensor `threshold`), which is also what SAELens
 saves BatchTopK and Matryoshka SAEs as. SAELens' codes of an SAE with `layer_norm` are of the
-standardised token; ours are those times its standard deviation. Semantics from SAELens 6.54 (saes/*.py); configs from before
-6.0 name some settings differently (loading/pretrained_sae_loaders.py).
+standardised token; ours are those times its standard deviation. Semantics from SAELens 6.54
+(saes/*.py); configs from before 6.0 name some settings differently
+(loading/pretrained_sae_loaders.py).
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _input_scale(path: Path, config: dict[str, Any]) -> InputScale:
     name = config.get("normalize_activations") or "none"
     if name is True:  # before 6.0
         name = "expected_average_only_in"
-    if name not in _INPUT_SCALES:
+    if not isinstance(name, str) or name not in _INPUT_SCALES:
         raise UserError(
             f"{path}: an SAE of activations normalised by {name!r}, which its weights do not hold; "
             + _NORMALISATIONS.get(str(name), f"only {' and '.join(_INPUT_SCALES)} are read")
