@@ -128,7 +128,12 @@ def test_dead_concepts_are_revived():
     for aux_weight in (0.0, 0.25):
         seen = []
         settings = replace(
-            SETTINGS, expansion=8, steps=1500, dead_after_tokens=20 * 256, k_aux=256, aux_weight=aux_weight
+            SETTINGS,
+            expansion=8,
+            steps=1500,
+            dead_after_tokens=20 * 256,
+            k_aux=256,
+            aux_weight=aux_weight,
         )
         (trained,) = train_saes(source, [settings], watch=seen.append)
         dead[aux_weight], fvu[aux_weight] = seen[-1].dead[0], trained.metrics.fvu
@@ -268,7 +273,9 @@ def test_saes_of_one_pass_equal_each_trained_alone(source):
         replace(SETTINGS, steps=60, dead_after_tokens=2560),
         replace(SETTINGS, steps=60, dead_after_tokens=2560, k=7, expansion=2),
         replace(SETTINGS, steps=60, dead_after_tokens=2560, architecture="jumprelu"),
-        replace(SETTINGS, steps=60, dead_after_tokens=2560, architecture="matryoshka", precision="bf16"),
+        replace(
+            SETTINGS, steps=60, dead_after_tokens=2560, architecture="matryoshka", precision="bf16"
+        ),
     ]
     together = train_saes(source, several)
     for settings, one in zip(several, together, strict=True):
