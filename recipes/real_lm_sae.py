@@ -56,7 +56,10 @@ class Row:
     """Norm of the largest token, in medians."""
     fvu_text: float
     fvu_image: float
+    silent: float
+    """Share of concepts that no held-out token fires; few tokens fire few."""
     dead: float
+    """Share of concepts that none of the last tokens in training fired."""
     l0: float
     cosine: float
     seconds: float
@@ -120,12 +123,13 @@ def _items(store: Store) -> Iterator[tuple[Tensor, ...]]:
 def table(rows: Sequence[Row]) -> str:
     """In Markdown."""
     lines = [
-        "| site | sinks | largest norm / median | FVU text | FVU image | dead | L0 | cosine | s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| site | sinks | largest norm / median | FVU text | FVU image | silent | dead | "
+        "L0 | cosine | s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {r.site} | {r.sinks:.2%} | {r.largest:.0f} | {r.fvu_text:.3f} | {r.fvu_image:.3f} | "
-        f"{r.dead:.1%} | {r.l0:.1f} | {r.cosine:.3f} | {r.seconds:.0f} |"
+        f"{r.silent:.1%} | {r.dead:.1%} | {r.l0:.1f} | {r.cosine:.3f} | {r.seconds:.0f} |"
         for r in rows
     ]
     return "\n".join(lines)
@@ -179,6 +183,7 @@ def main(
                 m.fvu_by_role["text"],
                 m.fvu_by_role["image"],
                 m.dead,
+                trained.dead_in_training,
                 m.l0,
                 m.cosine,
                 time.monotonic() - began,

@@ -77,6 +77,8 @@ class TrainedSAE:
     settings: SAESettings
     conversion: Conversion
     metrics: SAEMetrics
+    dead_in_training: float
+    """Share of concepts that no token fired of the last `dead_after_tokens` in training."""
 
     def about(self) -> dict[str, Any]:
         """Settings and figures, as JSON values."""
@@ -84,6 +86,7 @@ class TrainedSAE:
             "settings": asdict(self.settings),
             "conversion": asdict(self.conversion),
             "metrics": self.metrics.to_json(),
+            "dead_in_training": self.dead_in_training,
         }
 
 
@@ -190,7 +193,8 @@ def train_saes(
             normalise.input_scale,
         )
         metrics = measure(sae, held_out_nd[measuring], roles_n[measuring], role_names)
-        trained.append(TrainedSAE(sae, own, conversion, metrics))
+        dead = float(learner.dead_c.float().mean())
+        trained.append(TrainedSAE(sae, own, conversion, metrics, dead))
     return trained
 
 
