@@ -232,7 +232,8 @@ def describe(trained: TrainedSAE) -> str:
     figures = (
         f"  on the images' and texts' among {m.tokens} held-out tokens: FVU {m.fvu:.4f}, "
         f"L0 {m.l0:.1f}, cosine {m.cosine:.3f}, {m.neighbours:.1%} of nearest neighbours kept",
-        f"  concepts: {m.dead:.1%} silent on all of them, {m.dense:.1%} on more than a tenth",
+        f"  concepts: {trained.dead_in_training:.1%} dead at the end of training, {m.dead:.1%} "
+        f"silent on all held-out tokens, {m.dense:.1%} on more than a tenth of them",
         *(
             f"  {name}: {n} tokens, {_fvu(m.fvu_by_role.get(name))}, L0 {m.l0_by_role[name]:.1f}, "
             f"cosine {m.cosine_by_role[name]:.3f}, {m.dead_by_role[name]:.1%} of concepts silent"
