@@ -150,6 +150,7 @@ def test_thresholds_for_a_topk_gate_fire_as_often_with_a_scale_per_token():
     assert converted.input_scale == "token"
     counts = [s.codes(x_nd).counts() for s in (sae, converted)]
     assert torch.equal(*counts)
-    error_nd = x_nd - sae.decode(sae.encode(x_nd), x_nd)
-    there = (x_nd - x_nd.mean(0)).square().sum()
+    error_nd = (x_nd - sae.decode(sae.encode(x_nd), x_nd)) / x_nd.std(1, keepdim=True)
+    seen_nd = standardised(x_nd)
+    there = (seen_nd - seen_nd.mean(0)).square().sum()
     assert conversion.fvu_gate == pytest.approx(float(error_nd.square().sum() / there), rel=1e-3)

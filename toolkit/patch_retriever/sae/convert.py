@@ -12,12 +12,13 @@ from patch_retriever.sae.learner import Learner
 from patch_retriever.sae.metrics import fvu
 from patch_retriever.sae.model import SparseAutoencoder
 from patch_retriever.sae.ops import sampled_products
-from patch_retriever.sae.scale import InputScale, scaled_input
+from patch_retriever.sae.scale import EPSILON, InputScale, scaled_input, token_scale
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What replacing the training gate by thresholds changed, measured on the same tokens."""
+    """What replacing the training gate by thresholds changed, measured on the same tokens; FVU of
+    what the encoder sees, so that with a scale per token no token counts more than another."""
 
     l0_gate: float
     l0: float
@@ -109,7 +110,13 @@ def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
 def _compared(sae: SparseAutoencoder, gated: Codes, x_nd: Tensor) -> Conversion:
     """The gate's codes beside those of the thresholds."""
     codes = sae.codes(x_nd)
-    figures = [fvu(x_nd, sae.decode(c, x_nd)) for c in (gated, codes)]
+    figures = []
+    for each in (gated, codes):
+        left_nd = x_nd - sae.decode(each, x_nd)
+        if sae.input_scale == "token":
+            left_nd = left_nd / (token_scale(x_nd)[:, None] + EPSILON)
+        input_nd = scaled_input(x_nd, sae.input_scale)
+        figures.append(fvu(input_nd, input_nd - left_nd))
     return Conversion(gated.l0, codes.l0, *figures)
 
 
