@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -156,7 +157,8 @@ def main(
     stores = out / "stores"
     if not stores.exists():
         transformer = load_backbone(model)
-        n_layers = len(transformer.model.get_submodule(layers_path(transformer.model)))
+        layers: Any = transformer.model.get_submodule(layers_path(transformer.model))
+        n_layers = len(layers)
         del transformer
         every_fourth = [f"layers.{n}" for n in range(0, n_layers, 4)]
         began = time.monotonic()

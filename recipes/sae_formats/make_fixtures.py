@@ -188,12 +188,11 @@ def overcomplete(out: Path) -> None:
 def ours(out: Path) -> None:
     from patch_retriever.sae.formats import load_sae, save_sae
     from patch_retriever.sae.model import SparseAutoencoder
+    from patch_retriever.sae.scale import InputScale
 
-    for name, k, scale in (
-        ("jumprelu", None, "none"),
-        ("topk", K, "none"),
-        ("token", None, "token"),
-    ):
+    cases: list[tuple[str, int | None, InputScale]]
+    cases = [("jumprelu", None, "none"), ("topk", K, "none"), ("token", None, "token")]
+    for name, k, scale in cases:
         generator = torch.Generator().manual_seed(1)
         shapes = ((D, C), (C,), (C, D), (D,), (C,))
         W_enc, b_enc, W_dec, b_dec, u = (torch.randn(*s, generator=generator) * 0.5 for s in shapes)
