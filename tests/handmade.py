@@ -51,15 +51,18 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_sae(spread, width=WIDTH, seed=0):
-    """An SAE for activations of such a spread."""
+def make_sae(spread, width=WIDTH, seed=0, input_scale="none"):
+    """An SAE for activations of such a spread; that of standardised ones is always alike."""
+    if input_scale == "token":
+        spread = 0.7
     rows_cd = torch.nn.functional.normalize(normal(C, width, seed=seed), dim=1)
     return SparseAutoencoder(
         rows_cd.T.contiguous(),
         torch.zeros(C),
         rows_cd,
-        torch.zeros(width),
+        torch.zeros(width) if input_scale == "none" else 0.1 * normal(width, seed=seed + 2),
         spread * (0.5 + normal(C, seed=seed + 1).abs()),
+        input_scale=input_scale,
     )
 
 
@@ -69,14 +72,14 @@ def make_map(by, spread, seed, width=WIDTH):
     return Affine(f"map {by}", by, weight_gde, 0.1 * spread * normal(g, width, seed=seed + 10))
 
 
-def make_patches(model_folder, readout, items=ITEMS):
+def make_patches(model_folder, readout, items=ITEMS, input_scale="none"):
     """An SAE, the features of the items under a readout, and a patch for each of PATCHES."""
     transformer = load_backbone(model_folder)
     kinds_n = torch.tensor([KINDS.index(item.kind) for item in items])
     spread = float(
         collect_features(transformer, items, readout, make_sae(1.0), kinds_n).pooled_nd.std()
     )
-    sae = make_sae(spread)
+    sae = make_sae(spread, input_scale=input_scale)
     features = collect_features(transformer, items, readout, sae, kinds_n)
     gate = fit.fit_gate(features.mean_nd, kinds_n)
     subtract = Subtract.from_sae(sae, normal(C, seed=2).clamp(0, 1))

@@ -70,7 +70,7 @@ class MemorySource:
         self.training_td, self.held_out_td = tokens_td[:n].bfloat16(), tokens_td[n:]
         self.held_out_roles_t = roles_t[n:]
         self.starts = range(0, n, block)
-        self.block = block
+        self.block, self.n_tokens = block, n
 
     def epoch(self, generator):
         return [[i] for i in torch.randperm(len(self.starts), generator=generator).tolist()]

@@ -25,9 +25,10 @@ PAIRS = ((0, 4), (5, 1), (9, 6), (2, 3), (8, 10))
 """A text and a picture, a picture and a text, both and a picture, two texts, twice both."""
 
 
-@pytest.fixture(scope="module", params=READOUTS, ids=lambda readout: readout.name)
+@pytest.fixture(scope="module", params=[*((r, "none") for r in READOUTS), (READOUTS[2], "token")])
 def made(request, random_model):
-    return request.param, *make_patches(str(random_model), request.param)
+    readout, scale = request.param
+    return readout, *make_patches(str(random_model), readout, input_scale=scale)
 
 
 def similarity(retriever, query, document, **options):

@@ -19,6 +19,7 @@ from patch_retriever.backbones.readout import ONE_WORD, PAPER, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.deep import patched_modules
+from patch_retriever.patch.export import export_modules
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.probe import Probe
 
@@ -32,13 +33,17 @@ DEEP = {
     "everything": (PAPER, "last_hidden_state", "mean", "everything", ("layers.0", LAST_LAYER)),
     "everything, last token": (ONE_WORD, LAST_LAYER, "lasttoken", "everything", ("layers.1",)),
     "read in the middle": (PAPER, "layers.1", "mean", "everything", ("layers.0",)),
+    "scaled, at the readout": (PAPER, "last_hidden_state", "mean", "subtract", ()),
+    "scaled, in the middle": (ONE_WORD, "layers.1", "lasttoken", "everything", ()),
+    "scaled, everything": (PAPER, "last_hidden_state", "mean", "everything", ("layers.0",)),
 }
-"""Prompt, site, pooling, the patch at the readout (see `handmade.PATCHES`), patched layers."""
+"""Prompt, site, pooling, the patch at the readout (see `handmade.PATCHES`), patched layers. Those
+that are scaled subtract by an SAE with a scale per token."""
 
 
-def subtract_at(spread, seed, strength_c=None):
-    strength_c = normal(C, seed=seed + 40).clamp(0, 1) if strength_c is None else strength_c
-    return Subtract.from_sae(make_sae(spread, seed=seed), strength_c)
+def subtract_at(spread, seed, input_scale="none"):
+    sae = make_sae(spread, seed=seed, input_scale=input_scale)
+    return Subtract.from_sae(sae, normal(C, seed=seed + 40).clamp(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +56,9 @@ def made(request, model_folder):
     """A readout, and a patch of layers for it."""
     prompt, site, pooling, name, layers = DEEP[request.param]
     readout = Readout(prompt, site, pooling)
-    _, _, patches = make_patches(model_folder, readout)
-    found = {layer: subtract_at(0.05, seed) for seed, layer in enumerate(layers)}
+    scale = "token" if request.param.startswith("scaled") else "none"
+    _, _, patches = make_patches(model_folder, readout, input_scale=scale)
+    found = {layer: subtract_at(0.05, seed, scale) for seed, layer in enumerate(layers)}
     return readout, replace(patches[name], layers=found)
 
 
@@ -158,12 +164,13 @@ def test_it_says_that_it_needs_the_flag(exported):
 
 
 @pytest.mark.usefixtures("golden_process")
-def test_in_a_fresh_process_without_this_package(model_folder, tmp_path):
+@pytest.mark.parametrize("scale", ["none", "token"])
+def test_in_a_fresh_process_without_this_package(scale, model_folder, tmp_path):
     """Readout before the final norm, per-modality and per-role maps"""
     readout = Readout(ONE_WORD, LAST_LAYER, "lasttoken")
     patch = replace(
-        make_patches(model_folder, readout)[2]["everything"],
-        layers={"layers.1": subtract_at(0.05, 1)},
+        make_patches(model_folder, readout, input_scale=scale)[2]["everything"],
+        layers={"layers.1": subtract_at(0.05, 1, scale)},
     )
     transformer = load_backbone(model_folder)
     Probe(transformer)  # nnsight wraps it for good
@@ -258,6 +265,19 @@ def test_a_readout_before_the_final_norm_needs_no_code(pooling, model_folder, tm
     assert largest_difference(embedded(after, QUERY), embedded(before, QUERY)) > 1e-3
 
 
+def test_stock_modules_refuse_a_scale_per_token():
+    patch = Patch("last_hidden_state", subtract_at(0.05, 0, "token"))
+    with pytest.raises(ValueError, match="needs code"):
+        export_modules(patch, 32, "mean")
+
+
+def test_exports_without_a_scale_per_token_hold_what_they_always_held(exported, made):
+    _, patch = made
+    scaled = any(s.input_scale == "token" for s in patch.subtractions.values())
+    tensors = load_file(exported / "patched_transformer.safetensors")
+    assert any(name.endswith("epsilon") for name in tensors) == scaled
+
+
 def on_disk(transformer):
     """All on the CPU but the decoder layers, which are read from the disk as they are run."""
     found = {name: "cpu" for name, _ in transformer.model.named_children()}
@@ -282,7 +302,8 @@ def test_a_patch_goes_where_the_activations_are():
     subtract = subtract_at(0.05, 0)
     assert subtract.to(torch.device("cpu")) is subtract
     moved = subtract.to(torch.device("meta"))
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {tensor.device.type for tensor in moved.tensors.values()} == {"meta"}
+    assert subtract_at(0.05, 0, "token").to(torch.device("meta")).input_scale == "token"
     h_ntd = torch.empty(2, 3, 32, device="meta", dtype=torch.bfloat16)
     patched = subtract.on_stream(h_ntd)
     assert (patched.device.type, patched.dtype, patched.shape) == ("meta", h_ntd.dtype, h_ntd.shape)

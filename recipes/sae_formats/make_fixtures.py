@@ -66,10 +66,16 @@ def saelens(out: Path) -> None:
     case("standard_raw", randomised(sae_lens.StandardSAE(raw)))
     half = standard(**size, dtype="bfloat16")
     case("standard_bfloat16", randomised(sae_lens.StandardSAE(half)), dtype="float32")
+    layer_norm = standard(**size, normalize_activations="layer_norm")
+    case("standard_layer_norm", randomised(sae_lens.StandardSAE(layer_norm)))
     case("topk", randomised(sae_lens.TopKSAE(sae_lens.TopKSAEConfig(**gated))))
     rescaled = sae_lens.TopKTrainingSAEConfig(**gated, rescale_acts_by_decoder_norm=True)
     case("topk_rescaled", randomised(sae_lens.TopKTrainingSAE(rescaled)))
     case("jumprelu", randomised(sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**size))))
+    by_token = sae_lens.JumpReLUSAEConfig(**size, normalize_activations="layer_norm")
+    case("jumprelu_layer_norm", randomised(sae_lens.JumpReLUSAE(by_token)))
+    by_token = sae_lens.TopKSAEConfig(**{**gated, "normalize_activations": "layer_norm"})
+    case("topk_layer_norm", randomised(sae_lens.TopKSAE(by_token)))
     batch = randomised(sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**gated)))
     batch.topk_threshold.fill_(0.7)
     case("batchtopk", batch, inference=True)
@@ -182,18 +188,23 @@ def overcomplete(out: Path) -> None:
 def ours(out: Path) -> None:
     from patch_retriever.sae.formats import load_sae, save_sae
     from patch_retriever.sae.model import SparseAutoencoder
+    from patch_retriever.sae.scale import InputScale
 
-    for name, k in (("jumprelu", None), ("topk", K)):
+    cases: list[tuple[str, int | None, InputScale]]
+    cases = [("jumprelu", None, "none"), ("topk", K, "none"), ("token", None, "token")]
+    for name, k, scale in cases:
         generator = torch.Generator().manual_seed(1)
         shapes = ((D, C), (C,), (C, D), (D,), (C,))
         W_enc, b_enc, W_dec, b_dec, u = (torch.randn(*s, generator=generator) * 0.5 for s in shapes)
-        sae = SparseAutoencoder(W_enc, b_enc, W_dec, b_dec, u.abs(), k)
+        sae = SparseAutoencoder(W_enc, b_enc, W_dec, b_dec, u.abs(), k, scale)
         save_sae(sae, out / name, {"fvu": 0.25})
         loaded = load_sae(out / name)
 
         def run(x_nd: Tensor, sae: SparseAutoencoder = loaded) -> tuple[Tensor, Tensor]:
             codes_nc = sae.encode(x_nd)
-            return codes_nc, sae.decode(codes_nc)
+            reconstruction_nd = sae.decode(codes_nc, x_nd)
+            scale_n = sae.scale(x_nd)  # SAELens' codes are of standardised tokens
+            return codes_nc if scale_n is None else codes_nc / scale_n[:, None], reconstruction_nd
 
         write_codes(out / name, run)
 

@@ -141,6 +141,27 @@ def test_features_are_those_of_every_token_by_hand(readout, transformer, untouch
     assert torch.equal(found.kinds_n, KINDS_N)
 
 
+@by_readout
+def test_features_with_a_scale_per_token_reconstruct_what_tokens_do(
+    readout, transformer, untouched, tmp_path
+):
+    plain = make_sae(spread=1.0)
+    bias_d = torch.linspace(-0.2, 0.3, WIDTH)
+    sae = SparseAutoencoder(
+        plain.W_enc_dc, plain.b_enc_c, plain.W_dec_cd, bias_d, plain.threshold_c, None, "token"
+    )
+    found = collect_features(transformer, ITEMS, readout, sae, KINDS_N, batch_size=3)
+    found.save(tmp_path / "features.safetensors")
+    loaded = type(found).load(tmp_path / "features.safetensors")
+    rebuilt_nd = loaded.reconstructed(sae)
+    for n, tokens_td in enumerate(tokens_by_item(untouched, readout)):
+        out_td = sae.decode(sae.encode(tokens_td), tokens_td)
+        tolerance = 1e-4 * float(tokens_td.std())
+        expected_d = pool_by_hand(out_td, readout.pooling)
+        assert torch.allclose(rebuilt_nd[n], expected_d, atol=tolerance, rtol=1e-4)
+    assert float((rebuilt_nd - found.pooled_nd).norm() / found.pooled_nd.norm()) > 0.1
+
+
 @pytest.mark.parametrize("readout", [Readout(PAPER), READOUT], ids=lambda readout: readout.name)
 def test_the_batch_size_does_not_change_features(readout, transformer):
     sae = make_sae()

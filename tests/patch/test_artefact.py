@@ -38,9 +38,13 @@ def make_map(by, d=D, e=D):
 
 
 ALL_BY = (make_map("role"), make_map("modality"), make_map("all", D, E))
+BY_TOKEN = Subtract.from_sae(
+    SparseAutoencoder(*SAE.state_dict().values(), input_scale="token"), torch.full((C,), 0.5)
+)
 PATCHES = {
     "nothing": Patch("last_hidden_state"),
     "subtract": Patch("layers.1", SUBTRACT),
+    "a scale per token": Patch("layers.1", BY_TOKEN, layers={"layers.0": SUBTRACT}),
     "map": Patch("last_hidden_state", None, (make_map("all"),)),
     "role": Patch("last_hidden_state", SUBTRACT, (make_map("role"),)),
     "gate without use": Patch("last_hidden_state", None, (make_map("all"),), GATE),
@@ -70,6 +74,27 @@ def test_a_loaded_patch_is_the_same_patch(name, tmp_path):
     assert (loaded.subtract is None) == (patch.subtract is None)
     if patch.subtract is not None:
         assert torch.equal(loaded.subtract.concepts_m, patch.subtract.concepts_m)
+    for site, subtract in patch.subtractions.items():
+        h_nd = 3 * FEATURES.pooled_nd
+        assert torch.equal(loaded.subtractions[site](h_nd), subtract(h_nd))
+
+
+def test_patches_are_of_the_oldest_format_that_can_hold_them(tmp_path):
+    layer = {"layers.0": SUBTRACT}
+    for number, patch in enumerate(
+        (PATCHES["everything"], Patch("layers.1", layers=layer), PATCHES["a scale per token"]), 1
+    ):
+        patch.save(tmp_path)
+        values = json.loads((tmp_path / "patch.json").read_text())
+        assert values["format"] == number
+        scales = [o.get("input_scale") for o in values["operators"] if o["kind"] == "subtract"]
+        assert scales == ([None, "token"] if number == 3 else [None])
+
+
+def test_an_unknown_input_scale(tmp_path):
+    PATCHES["a scale per token"].save(tmp_path)
+    rewrite(tmp_path, operators=[{"kind": "subtract", "input_scale": "week"}])
+    assert_unreadable(tmp_path, "input scale 'week'")
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -171,7 +196,7 @@ def rewrite(saved, **changes):
 
 
 def test_a_newer_format_asks_for_an_upgrade(saved):
-    rewrite(saved, format=3)
+    rewrite(saved, format=4)
     assert_unreadable(saved, "newer")
 
 

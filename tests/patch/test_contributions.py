@@ -192,6 +192,31 @@ def test_what_the_sae_rebuilds_exactly_leaves_no_residual():
     assert found.residual == pytest.approx(0, abs=1e-6)
 
 
+def test_with_a_scale_per_token_the_base_is_that_of_the_pooled_reconstruction():
+    """The mean of tokens' reconstructions, token by token, is concepts and geometry; what they miss
+    is the residual."""
+    sae = make_sae()
+    sae.input_scale = "token"
+    items, rebuilt, missed = [], [], []
+    for seed in (1, 2):
+        x_td = 3 * normal(5, D, seed=seed) + 0.5
+        out_td = sae.decode(sae.encode(x_td), x_td)
+        item = make_item(seed)
+        pooled = {"pooled_d": x_td.mean(0), "codes_c": sae.encode(x_td).mean(0)}
+        items.append(replace(item, **pooled, scale=sae.scale(x_td).mean()))
+        rebuilt.append(out_td.mean(0).double())
+        missed.append((x_td - out_td).mean(0).double())
+    found = contributions(Patch("last_hidden_state"), sae, *items, EVERY)
+    unit = [torch.nn.functional.normalize(item.pooled_d.double(), dim=0) for item in items]
+    lengths = [item.pooled_d.double().norm() for item in items]
+    parts = [
+        sum(float(of[i] @ unit[1 - i] / lengths[i]) for i in (0, 1)) / 2 for of in (rebuilt, missed)
+    ]
+    assert float(found.concepts_m.sum()) + found.geometry == pytest.approx(parts[0], abs=1e-5)
+    assert found.residual == pytest.approx(parts[1], abs=1e-5)
+    assert found.score == pytest.approx(float(unit[0] @ unit[1]), abs=1e-6)
+
+
 def test_without_maps_the_geometry_is_the_bias_of_the_sae():
     sae = make_sae()
     sae.b_dec_d.zero_()

@@ -24,14 +24,16 @@ QUICK = settings(deadline=None, database=None, max_examples=25)
 SEEDS = st.integers(0, 10_000)
 
 
-def make_sae(seed=0, d=5, c=11, bias=0.0):
+def make_sae(seed=0, d=5, c=11, bias=0.0, input_scale="none"):
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
         return torch.randn(*shape, generator=generator)
 
     rows_cd = torch.nn.functional.normalize(rand(c, d), dim=1)
-    return SparseAutoencoder(rand(d, c), rand(c) + bias, rows_cd, rand(d), rand(c).abs())
+    return SparseAutoencoder(
+        rand(d, c), rand(c) + bias, rows_cd, rand(d), rand(c).abs(), None, input_scale
+    )
 
 
 def make_strength(seed, c=11):
@@ -42,18 +44,24 @@ def make_strength(seed, c=11):
 
 def subtracted_by_hand(sae, strength_c, h_d, keep=()):
     """h - sum a z(h) d, concept by concept."""
-    out_d = h_d.clone()
+    out_d, std, x_d = h_d.clone(), 1.0, h_d
+    if sae.input_scale == "token":
+        std = float((h_d - h_d.mean()).square().sum() / (len(h_d) - 1)) ** 0.5
+        x_d = (h_d - h_d.mean()) / (std + 1e-5)
     for c in range(sae.n_concepts):
-        u = h_d @ sae.W_enc_dc[:, c] + sae.b_enc_c[c]
+        u = x_d @ sae.W_enc_dc[:, c] + sae.b_enc_c[c]
         if u > sae.threshold_c[c] and c not in keep:
-            out_d -= strength_c[c] * u * sae.W_dec_cd[c]
+            out_d -= strength_c[c] * std * u * sae.W_dec_cd[c]
     return out_d
 
 
+SCALES = st.sampled_from(["none", "token"])
+
+
 @QUICK
-@given(SEEDS)
-def test_subtract_equals_a_loop_over_tokens_and_concepts(seed):
-    sae, strength_c = make_sae(seed), make_strength(seed)
+@given(SEEDS, SCALES)
+def test_subtract_equals_a_loop_over_tokens_and_concepts(seed, input_scale):
+    sae, strength_c = make_sae(seed, input_scale=input_scale), make_strength(seed)
     h_ntd = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed))
     patched_ntd = Subtract.from_sae(sae, strength_c)(h_ntd)
     for n in range(2):
@@ -110,10 +118,10 @@ def pooled_weights(pooling, lengths, width):
 
 
 @QUICK
-@given(SEEDS, st.lists(st.integers(1, 6), min_size=1, max_size=5))
+@given(SEEDS, st.lists(st.integers(1, 6), min_size=1, max_size=5), SCALES)
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
-def test_on_pooled_equals_pooling_the_patched_tokens(pooling, seed, lengths):
-    sae, strength_c = make_sae(seed), make_strength(seed + 1)
+def test_on_pooled_equals_pooling_the_patched_tokens(pooling, seed, lengths, input_scale):
+    sae, strength_c = make_sae(seed, input_scale=input_scale), make_strength(seed + 1)
     subtract = Subtract.from_sae(sae, strength_c)
     generator = torch.Generator().manual_seed(seed)
     h_ntd = 2 * torch.randn(len(lengths), 6, 5, generator=generator)

@@ -22,7 +22,7 @@ from patch_retriever.sae.settings import SAESettings
 from patch_retriever.sae.train import train_saes
 from synthetic import MemorySource, sparse_tokens, write_store
 
-SETTINGS = SAESettings(expansion=4, k=4, steps=60, batch_size=128, dead_after=8, seed=0)
+SETTINGS = SAESettings(expansion=4, k=4, steps=60, batch_size=128, dead_after_tokens=1024, seed=0)
 SEVERAL = (
     SETTINGS,
     replace(SETTINGS, architecture="jumprelu", precision="bf16"),

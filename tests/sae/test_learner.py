@@ -421,19 +421,19 @@ def test_the_learning_rate_is_that_of_the_step():
     assert float((learner.weights.b_dec_d - before.b_dec_d).abs().max()) > 0.1
 
 
-def test_steps_count_how_long_each_concept_was_silent():
+def test_tokens_count_how_long_each_concept_was_silent():
     case = Case("topk", c=16, k=1, n=6)
-    learner = case.learner(aux_weight=0.0)
+    learner = case.learner(aux_weight=0.0, dead_after=4 * case.n)
     expected = [0] * case.c
     for seed in range(12):
         x_nd = random_tokens(case.n, case.d, seed)
         u_nc = dense_pre_activations(learner.weights, x_nd)
         fired_c = (gate(learner.architecture, u_nc) & (u_nc > 0)).any(0).tolist()
         learner.step(x_nd, 0.01)
-        expected = [0 if fired else s + 1 for fired, s in zip(fired_c, expected, strict=True)]
+        expected = [0 if fired else s + case.n for fired, s in zip(fired_c, expected, strict=True)]
         assert learner.silent_c.tolist() == expected
-    assert max(expected) > 4
-    assert learner.dead_c.tolist() == [s >= 4 for s in expected]
+    assert max(expected) > 4 * case.n
+    assert learner.dead_c.tolist() == [s >= 4 * case.n for s in expected]
 
 
 def test_revival_alone_does_not_make_a_concept_alive():
@@ -442,7 +442,7 @@ def test_revival_alone_does_not_make_a_concept_alive():
     learner.silent_c[3] = 4
     before_d = learner.weights.W_enc_cd[3].clone()
     learner.step(x_nd, 0.01)
-    assert int(learner.silent_c[3]) == 5
+    assert int(learner.silent_c[3]) == 4 + 20
     assert not torch.equal(learner.weights.W_enc_cd[3], before_d)
 
 

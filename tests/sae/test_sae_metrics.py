@@ -8,6 +8,8 @@ from itertools import permutations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from patch_retriever.sae.metrics import DENSE, fvu, measure, neighbour_recall, stability
 from patch_retriever.sae.model import SparseAutoencoder
@@ -64,6 +66,53 @@ def test_all_figures_against_loops():
     cosines = [float(x @ y) / float(x.norm() * y.norm()) for x, y in zip(x_nd, out_nd, strict=True)]
     assert found.cosine == pytest.approx(sum(cosines) / 160, rel=1e-4)
     assert found.neighbours == pytest.approx(recall_by_hand(x_nd, out_nd, 10), abs=2e-3)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_the_headline_is_over_image_and_text_tokens(seed):
+    """Template tokens may be many and far away: they do not hide what images and texts lose."""
+    generator = torch.Generator().manual_seed(seed)
+    roles_n = torch.randint(0, 4, (150,), generator=generator)
+    x_nd = normal(150, 8, seed=seed)
+    x_nd[roles_n == 3] += 200
+    sae = make_sae()
+    names = ("image", "text", "instruction", "special")
+    found = measure(sae, x_nd, roles_n, names)
+    z_nc = sae.encode(x_nd)
+    out_nd = sae.decode(z_nc)
+    cosine_n = torch.cosine_similarity(x_nd, out_nd)
+    content = roles_n < 2
+    assert found.fvu == pytest.approx(fvu_by_hand(x_nd[content], out_nd[content]), rel=1e-4)
+    assert found.l0 == pytest.approx(float((z_nc[content] != 0).sum(1).float().mean()))
+    assert found.cosine == pytest.approx(float(cosine_n[content].mean()), abs=1e-5)
+    assert found.neighbours == neighbour_recall(x_nd[content], out_nd[content])
+    assert (found.tokens, sum(found.tokens_by_role.values())) == (150, 150)
+    for number, name in enumerate(names):
+        rows = roles_n == number
+        assert found.tokens_by_role[name] == int(rows.sum())
+        by_role = fvu_by_hand(x_nd[rows], out_nd[rows])
+        assert found.fvu_by_role[name] == pytest.approx(by_role, rel=2e-3)
+        l0 = float((z_nc[rows] != 0).sum(1).float().mean())
+        assert found.l0_by_role[name] == pytest.approx(l0)
+        assert found.cosine_by_role[name] == pytest.approx(float(cosine_n[rows].mean()), abs=1e-5)
+        silent = float((z_nc[rows] == 0).all(0).float().mean())
+        assert found.dead_by_role[name] == pytest.approx(silent)
+    assert found.dead == pytest.approx(float((z_nc == 0).all(0).float().mean()))
+    assert found.dead <= min(found.dead_by_role.values())
+
+
+def test_without_image_and_text_tokens_the_headline_is_over_all():
+    sae, x_nd = make_sae(), normal(60, 8)
+    found = measure(sae, x_nd, torch.full((60,), 3), ("image", "text", "instruction", "special"))
+    assert found.fvu == found.fvu_by_role["special"]
+    assert list(found.l0_by_role) == ["special"]
+
+
+def test_one_kind_of_content_alone_is_the_headline():
+    roles_n = torch.arange(60) % 2 * 3
+    found = measure(make_sae(), normal(60, 8), roles_n, ("image", "text", "instruction", "special"))
+    assert found.fvu == found.fvu_by_role["image"]
 
 
 def test_figures_are_json_values_and_all_numbers():

@@ -128,7 +128,12 @@ def test_dead_concepts_are_revived():
     for aux_weight in (0.0, 0.25):
         seen = []
         settings = replace(
-            SETTINGS, expansion=8, steps=1500, dead_after=20, k_aux=256, aux_weight=aux_weight
+            SETTINGS,
+            expansion=8,
+            steps=1500,
+            dead_after_tokens=20 * 256,
+            k_aux=256,
+            aux_weight=aux_weight,
         )
         (trained,) = train_saes(source, [settings], watch=seen.append)
         dead[aux_weight], fvu[aux_weight] = seen[-1].dead[0], trained.metrics.fvu
@@ -260,20 +265,103 @@ def test_who_watches_gets_figures_every_ten_steps_and_at_the_end(source):
         assert seen[-1].fvu[i] > 0.8 * trained[i].conversion.fvu_gate
 
 
+# a scale per token
+
+
+def sized_tokens(n=6000, d=16, sinks=0):
+    """Sparse mixtures whose sizes differ a thousandfold; some are sinks, all alike and huge."""
+    x_nd = sparse_tokens(n, d)
+    generator = torch.Generator().manual_seed(5)
+    x_nd *= 10 ** (3 * torch.rand(n, 1, generator=generator))
+    sink_n = torch.rand(n, generator=generator) < sinks
+    x_nd[sink_n] = 3e5 * torch.eye(1, d)
+    return x_nd, sink_n
+
+
+def fvu_of_standardised(sae, x_nd):
+    """Of every token in units of its own size, so that small ones count like large ones."""
+    size_n1 = x_nd.std(1, keepdim=True)
+    out_nd = sae.decode(sae.encode(x_nd), x_nd)
+    unit_nd = x_nd / size_n1
+    left = (unit_nd - out_nd / size_n1).square().sum()
+    return float(left / (unit_nd - unit_nd.mean(0)).square().sum())
+
+
+def test_a_scale_per_token_explains_tokens_of_all_sizes():
+    x_nd, _ = sized_tokens()
+    source = MemorySource(x_nd)
+    by_token, by_site = (train(source, input_scale=scale).sae for scale in ("token", "site"))
+    assert (by_token.input_scale, by_site.input_scale) == ("token", "none")
+    fvus = [fvu_of_standardised(sae, source.held_out_td) for sae in (by_token, by_site)]
+    assert fvus[0] < 0.3
+    assert fvus[0] < 0.5 * fvus[1]
+
+
+def test_with_a_scale_per_token_sinks_cost_ordinary_tokens_nothing():
+    plain_nd, _ = sized_tokens()
+    x_nd, sink_n = sized_tokens(sinks=0.05)
+    ordinary_nd = plain_nd[-400:][~sink_n[-400:]]
+    fvus = [
+        fvu_of_standardised(train(MemorySource(tokens_nd), input_scale="token").sae, ordinary_nd)
+        for tokens_nd in (plain_nd, x_nd)
+    ]
+    assert fvus[1] < 1.1 * fvus[0]
+
+
+@by_architecture
+def test_folding_keeps_what_was_trained_with_a_scale_per_token(architecture):
+    """L0 and FVU by the gate are those of the weights in training, on standardised tokens."""
+    found = train(MemorySource(sized_tokens()[0]), architecture=architecture, input_scale="token")
+    assert found.sae.input_scale == "token"
+    assert found.conversion.l0_gate == pytest.approx(4, rel=0.25)
+    assert found.conversion.l0 == pytest.approx(found.conversion.l0_gate, rel=0.2)
+    assert found.metrics.fvu < 0.4
+
+
+def test_saes_of_both_scales_train_in_one_pass(source):
+    several = [replace(SETTINGS, steps=40, input_scale=scale) for scale in ("token", "site")]
+    together = train_saes(source, several)
+    for settings, one in zip(several, together, strict=True):
+        assert same(one.sae, train_saes(source, [settings])[0].sae)
+    assert not same(*(one.sae for one in together))
+
+
+def test_deadness_counts_tokens_whatever_the_batch_size():
+    """After n tokens without a firing a concept is dead, in however many steps they came."""
+    silent = {}
+    for batch_size in (32, 128):
+        seen = []
+        source = MemorySource(clustered_tokens())
+        settings = replace(
+            SETTINGS, lr=0.0, steps=8192 // batch_size, batch_size=batch_size, expansion=8,
+            dead_after_tokens=2560, aux_weight=0.0,
+        )  # fmt: skip
+        (trained,) = train_saes(source, [settings], watch=seen.append)
+        tokens = [now.step * batch_size for now in seen]
+        alive = [n for n, now in zip(tokens, seen, strict=True) if now.dead[0] == 0]
+        dead = [n for n, now in zip(tokens, seen, strict=True) if now.dead[0] > 0]
+        assert max(alive) < 2560 <= min(dead)
+        silent[batch_size] = trained.dead_in_training
+    assert silent[32] == pytest.approx(silent[128], abs=0.03)
+    assert 0.1 < silent[32] < 1
+
+
 # several at once
 
 
 def test_saes_of_one_pass_equal_each_trained_alone(source):
     several = [
-        replace(SETTINGS, steps=60, dead_after=10),
-        replace(SETTINGS, steps=60, dead_after=10, k=7, expansion=2),
-        replace(SETTINGS, steps=60, dead_after=10, architecture="jumprelu"),
-        replace(SETTINGS, steps=60, dead_after=10, architecture="matryoshka", precision="bf16"),
+        replace(SETTINGS, steps=60, dead_after_tokens=2560),
+        replace(SETTINGS, steps=60, dead_after_tokens=2560, k=7, expansion=2),
+        replace(SETTINGS, steps=60, dead_after_tokens=2560, architecture="jumprelu"),
+        replace(
+            SETTINGS, steps=60, dead_after_tokens=2560, architecture="matryoshka", precision="bf16"
+        ),
     ]
     together = train_saes(source, several)
     for settings, one in zip(several, together, strict=True):
         (alone,) = train_saes(source, [settings])
-        assert one.settings == settings
+        assert one.settings == settings.resolved(None, 60)
         assert same(one.sae, alone.sae)
         assert one.about() == alone.about()
 

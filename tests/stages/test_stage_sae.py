@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from conftest import SMALL_SAE, SMALL_SCENES
+from patch_retriever.activations.store import Store, StoreSource
 from patch_retriever.backbones.readout import LAST, ONE_WORD, Readout
 from patch_retriever.build import sae_fingerprint
 from patch_retriever.cli import main
@@ -18,6 +19,9 @@ from patch_retriever.patch.artefact import Patch
 from patch_retriever.progress import no_progress
 from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.settings import SAESettings
+from patch_retriever.sae.train import train_saes
+from patch_retriever.sae_training import train_sae
 from patch_retriever.stages.sae import adopt_sae, learn_concepts
 from synthetic import directions, sparse_tokens, write_store
 
@@ -47,7 +51,7 @@ def learned(store, readout, folder, **settings):
 def test_a_trained_sae_says_how_it_was_trained_and_how_good_it_is(store, tmp_path):
     sae, about = learned(store, MEAN, tmp_path)
     assert (sae.d_in, sae.n_concepts, sae.k) == (16, 32, None)
-    assert set(about) == {"settings", "conversion", "metrics"}
+    assert set(about) == {"settings", "conversion", "metrics", "dead_in_training"}
     assert about["settings"]["steps"] == 40
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "cfg.json",
@@ -67,12 +71,51 @@ def test_the_builds_seed_is_the_saes_where_it_has_none(store, tmp_path):
     assert not torch.equal(saes[0], saes[2])
 
 
-def test_a_last_token_readout_trains_on_more_of_its_tokens(store, tmp_path):
-    mean, last = (
-        learned(store, readout, tmp_path / readout.pooling)[0].W_dec_cd
-        for readout in (MEAN, LAST_TOKEN)
+def test_tokens_that_the_readout_pools_are_half_of_what_it_sees(store, tmp_path):
+    found, _ = learned(store, LAST_TOKEN, tmp_path)
+    settings = SAESettings(**QUICK)
+    half, as_stored = (
+        train_saes(StoreSource(store), [settings], pooled_share=share)[0].sae.W_dec_cd
+        for share in (0.5, 0.0)
     )
-    assert not torch.equal(mean, last)
+    assert torch.equal(found.W_dec_cd, half)
+    assert not torch.equal(found.W_dec_cd, as_stored)
+
+
+def test_where_all_tokens_are_pooled_none_is_repeated(tmp_path):
+    pooled = write_store(tmp_path, sparse_tokens(2000), pooled_t=torch.ones(2000))
+    settings = SAESettings(**QUICK)
+    half, as_stored = (
+        train_saes(StoreSource(pooled), [settings], pooled_share=share)[0].sae.W_dec_cd
+        for share in (0.5, 0.0)
+    )
+    assert torch.equal(half, as_stored)
+
+
+@pytest.mark.parametrize("site", [LAST, "layers.1"])
+def test_without_arguments_all_ways_to_train_give_the_same_sae(site, store, tmp_path, monkeypatch):
+    """`build`, `train_sae()` and `train-sae`, whatever the defaults are."""
+    monkeypatch.setattr(Store, "site", site, raising=False)
+    learn_concepts(
+        store.folder, Readout(ONE_WORD, site), BuildConfig(), tmp_path / "build", no_progress
+    )
+    train_sae(tmp_path / "function", store.folder)
+    command = ["train-sae", str(store.folder), "-o", str(tmp_path / "command"), "--json"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    built, *others = (load_sae(tmp_path / way) for way in ("build", "function", "command"))
+    assert built.input_scale == ("none" if site == LAST else "token")
+    for other in others:
+        assert other.input_scale == built.input_scale
+        for name, tensor in built.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+    first, *rest = (
+        json.loads((tmp_path / way / "cfg.json").read_text())
+        for way in ("build", "function", "command")
+    )
+    first["metadata"]["settings"].pop("seed")  # the build's own, 0; none for the others
+    for config in rest:
+        config["metadata"]["settings"].pop("seed")
+        assert config == first
 
 
 def test_pairs_are_used_where_concepts_are_shared(store, tmp_path):

@@ -42,6 +42,7 @@ from patch_retriever.report.page import write_report
 from patch_retriever.retrieval.readers.pairs import pairs_fingerprint
 from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.sae.settings import MOST_TOKENS
 from patch_retriever.stages.adapter import fit_adapted
 from patch_retriever.stages.evaluation import evaluate_on_test
 from patch_retriever.stages.fit import best, fit
@@ -50,11 +51,6 @@ from patch_retriever.stages.sae import check_width, learn_concepts
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
-
-
-STORE_TOKENS = 2_048_000
-"""About how many tokens the activation store keeps, or as many as training reads if that is more.
-Not fewer where it reads fewer: another training then needs no new collection."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def build_retriever(
         say(f"readout: {readout.name}")
         whole, transformer = transformer, cut_at(transformer, readout.cut)
         at = config.patch_at or readout.site  # where the SAE is trained and concepts subtracted
-        tokens_wanted = max(STORE_TOKENS, (config.sae.steps or 0) * config.sae.batch_size)
+        tokens_wanted = max(MOST_TOKENS, (config.sae.steps or 0) * config.sae.batch_size)
         store = run.stage(
             "collect",
             lambda folder: collect_tokens(

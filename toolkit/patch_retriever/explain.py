@@ -49,9 +49,10 @@ class Explanation:
     `score`, before and after alike.
 
     `concepts` are those active on either side, the largest part first. The geometry is what all
-    items of a group have in common (the SAE's bias, the shifts of the patch's maps), the residual
-    is what the SAE does not reconstruct. `last_token` is what the last token adds where a readout
-    has it beside the mean: concepts are of the mean's half.
+    items of a group have in common (the SAE's bias, the shifts of the patch's maps; each item's
+    level and size, where the SAE has a scale per token), the residual is what the SAE does not
+    reconstruct. `last_token` is what the last token adds where a readout has it beside the mean:
+    concepts are of the mean's half.
     """
 
     score: Part
@@ -129,11 +130,14 @@ def pool_item(
     weights_1t = pooling_weights(mask_1t, patched_part(pooling))
     position_t = weights_1t[0].nonzero()[:, 0]
     codes = sae.codes(tokens_td[position_t])
-    values_e = codes.values_e * weights_1t[0, position_t][codes.rows_e]
+    weights_t = weights_1t[0, position_t]
+    values_e = codes.values_e * weights_t[codes.rows_e]
+    scale_t = sae.scale(tokens_td[position_t])
     return PooledItem(
         pool_parts(tokens_td[None], mask_1t, pooling)[0],
         pool(tokens_td[None], pooling_weights(mask_1t, "mean"))[0],
         torch.zeros(sae.n_concepts).index_add_(0, codes.concepts_e, values_e),
+        None if scale_t is None else scale_t @ weights_t,
     )
 
 
@@ -178,7 +182,8 @@ def check_sae(sae: SparseAutoencoder, patch: Patch, width: int, source: str) -> 
         return
     numbers_m = patch.subtract.concepts_m
     known = sae.k is None and bool((numbers_m < sae.n_concepts).all())
-    same = known and all(
+    same = known and sae.input_scale == patch.subtract.input_scale
+    same = same and all(
         torch.allclose(whole, held)
         for whole, held in (
             (sae.W_enc_dc[:, numbers_m], patch.subtract.W_enc_dm),

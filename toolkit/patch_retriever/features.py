@@ -26,6 +26,8 @@ class Features:
 
     `role_energy_cr`, where it was asked for, is every concept's mean activation on the tokens of
     each role (index into `ROLES`; all tokens of all items, whatever the pooling reads).
+
+    `scale_n` are the tokens' scales pooled like the tokens, where the SAE has a scale per token.
     """
 
     pooled_nd: Tensor
@@ -33,12 +35,13 @@ class Features:
     codes: Codes
     kinds_n: Tensor
     role_energy_cr: Tensor | None = None
+    scale_n: Tensor | None = None
 
     def reconstructed(self, sae: SparseAutoencoder) -> Tensor:
         """Pooled vectors as the SAE rebuilds them: what it misses is what they lack. A second part,
         which it does not see, stays as it is."""
-        rebuilt_nd = self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
-        return torch.cat([rebuilt_nd, self.pooled_nd[:, sae.d_in :]], dim=1)
+        first_nd, second_nd = self.pooled_nd.tensor_split([sae.d_in], dim=1)
+        return torch.cat([sae.decode(self.codes, first_nd, self.scale_n), second_nd], dim=1)
 
     def some(self, items_m: Tensor) -> Features:
         """Those of some items alone."""
@@ -48,6 +51,7 @@ class Features:
             mean_nd=self.mean_nd[items_m],
             codes=self.codes[items_m],
             kinds_n=self.kinds_n[items_m],
+            scale_n=None if self.scale_n is None else self.scale_n[items_m],
         )
 
     def save(self, path: Path) -> None:
@@ -57,6 +61,8 @@ class Features:
         tensors["n_concepts"] = self.codes.starts_n1.new_tensor([self.codes.n_concepts])
         if self.role_energy_cr is not None:
             tensors["role_energy_cr"] = self.role_energy_cr
+        if self.scale_n is not None:
+            tensors["scale_n"] = self.scale_n
         write_tensors(path, tensors)
 
     @classmethod
@@ -66,4 +72,5 @@ class Features:
 
         t = load_file(path)
         codes = Codes(t["starts_n1"], t["concepts_e"], t["values_e"], int(t["n_concepts"]))
-        return cls(t["pooled_nd"], t["mean_nd"], codes, t["kinds_n"], t.get("role_energy_cr"))
+        optional = (t.get("role_energy_cr"), t.get("scale_n"))
+        return cls(t["pooled_nd"], t["mean_nd"], codes, t["kinds_n"], *optional)

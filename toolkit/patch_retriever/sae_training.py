@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from patch_retriever.errors import UserError
 from patch_retriever.progress import Progress, no_progress
-from patch_retriever.sae.settings import SAESettings
+from patch_retriever.sae.settings import POOLED_SHARE, SAESettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def train_sae(
     revision: str | None = None,
     pairs: str = "scenes",
     prompt: str = "paper",
-    pooled_share: float = 0.0,
+    pooled_share: float = POOLED_SHARE,
     device: str = "cpu",
     checkpoint_every: int = 1000,
     progress: Progress = no_progress,
@@ -50,6 +50,7 @@ def train_sae(
             the backbone `model`, which reads `pairs` with `prompt`; nothing is stored.
         revision: of a `model` on the hub: a branch, a tag or a commit.
         settings: one for each SAE; steps, batch size and the order of tokens are of the first.
+            What is not given is what `build` trains with.
         pooled_share: tokens that the readout's pooling reads are repeated up to this share.
         progress: wraps the steps. `watch`: gets figures every ten steps.
 
@@ -73,12 +74,13 @@ def train_sae(
     check_device(device)
     processes = Processes.launched(device)
     if store is not None:
-        source, pairs_p2d = _stored(Path(store), settings, processes)
+        source, site, pairs_p2d = _stored(Path(store), settings, processes)
     else:
-        source, pairs_p2d = _live(model, revision, pairs, prompt, settings, processes)
+        source, site, pairs_p2d = _live(model, revision, pairs, prompt, settings, processes)
     trained = train_saes(
         source,
         settings,
+        site=site,
         pooled_share=pooled_share,
         pairs_p2d=pairs_p2d,
         role_names=ROLES,
@@ -124,15 +126,16 @@ def stabilities(trained: Sequence[TrainedSAE]) -> dict[str, float]:
 
 def _stored(
     folder: Path, settings: Sequence[SAESettings], processes: Processes
-) -> tuple[Source, Tensor | None]:
-    """A store as the source, and its pairs if concepts are to be shared."""
+) -> tuple[Source, str | None, Tensor | None]:
+    """A store as the source, its site, and its pairs if concepts are to be shared."""
     from patch_retriever.activations.store import Store, StoreSource
 
     store = Store(folder)
     pairs_p2d = None
     if any(s.shared != "none" for s in settings):
         pairs_p2d = store.training_pairs()
-    return StoreSource(store, processes.rank, processes.count), pairs_p2d
+    source = StoreSource(store, processes.rank, processes.count)
+    return source, getattr(store, "site", None), pairs_p2d
 
 
 def _live(
@@ -142,8 +145,8 @@ def _live(
     prompt: str,
     settings: Sequence[SAESettings],
     processes: Processes,
-) -> tuple[Source, None]:
-    """A backbone as the source."""
+) -> tuple[Source, str, None]:
+    """A backbone as the source, and the site that is read."""
     from patch_retriever.activations.live import LiveSource
     from patch_retriever.backbones.load import load_backbone
     from patch_retriever.backbones.readout import PROMPTS, Readout
@@ -153,14 +156,15 @@ def _live(
         raise UserError("shared concepts need a store's pairs; collect one with `build`")
     transformer = load_backbone(model, device=processes.device, revision=revision)
     items = all_items(pairs)
+    readout = Readout(PROMPTS[prompt])
     source = LiveSource(
         transformer,
         items,
-        Readout(PROMPTS[prompt]),
+        readout,
         rank=processes.rank,
         processes=processes.count,
     )
-    return source, None
+    return source, readout.site, None
 
 
 def _remove_checkpoint(folder: Path) -> None:

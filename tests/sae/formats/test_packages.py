@@ -16,16 +16,20 @@ CASES = {
     "dictionary_learning/standard": None,
     "dictionary_learning/topk": K,
     "ours/jumprelu": None,
+    "ours/token": None,
     "ours/topk": K,
     "overcomplete/model_state": K,
     "overcomplete/state": K,
     "saelens/batchtopk": None,
     "saelens/jumprelu": None,
+    "saelens/jumprelu_layer_norm": None,
     "saelens/matryoshka": None,
     "saelens/standard": None,
     "saelens/standard_bfloat16": None,
+    "saelens/standard_layer_norm": None,
     "saelens/standard_raw": None,
     "saelens/topk": K,
+    "saelens/topk_layer_norm": K,
     "saelens/topk_rescaled": K,
     "sparsify/multi_topk": K,
     "sparsify/topk": K,
@@ -46,6 +50,7 @@ def test_codes_are_those_of_the_package(case):
 def test_a_topk_gate_stays_one_and_thresholds_become_ours(case, k):
     sae = Saved(FIXTURES / case).load()
     assert sae.k == k
+    assert sae.input_scale == ("token" if case.endswith(("layer_norm", "/token")) else "none")
     assert (sae.d_in, sae.n_concepts) == (8, 16)
     assert {tensor.dtype for tensor in sae.state_dict().values()} == {torch.float32}
     assert bool((sae.threshold_c >= 0).all())
@@ -56,7 +61,7 @@ def test_saved_as_ours_and_loaded_again_it_is_the_same(case, tmp_path):
     sae = Saved(FIXTURES / case).load()
     save_sae(sae, tmp_path)
     again = load_sae(tmp_path)
-    assert again.k == sae.k
+    assert (again.k, again.input_scale) == (sae.k, sae.input_scale)
     for name, tensor in sae.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 

@@ -147,10 +147,9 @@ def test_other_architectures_are_refused_with_the_reason(copied, architecture, w
         ("expected_average_only_in", "fold_activation_norm_scaling_factor"),
         (True, "fold_activation_norm_scaling_factor"),
         ("covariance_whitening", "fold_activation_whitening"),
-        ("layer_norm", "each token"),
         ("constant_norm_rescale", "each token"),
-        ("of-tomorrow", "only 'none'"),
-        (["none"], "only 'none'"),
+        ("of-tomorrow", "only none and layer_norm"),
+        (["none"], "only none and layer_norm"),
     ],
 )
 def test_normalised_activations_are_refused_with_the_reason(copied, normalisation, why):

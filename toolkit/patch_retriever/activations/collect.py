@@ -229,12 +229,16 @@ def collect_features(
     roles_of = TokenRoles(transformer) if by_role else None
     role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = _empty(len(items), sae.d_in, readout)
+    scale_n = torch.empty(len(items)) if sae.input_scale == "token" else None
     codes: list[tuple[list[int], Codes]] = []
     for numbers, features, tokens_ntd in batches:
         mask_nt = features["attention_mask"]
         weights_nt = pooling_weights(mask_nt, patched_part(readout.pooling))
         pooled_nd[numbers] = pool_parts(tokens_ntd, mask_nt, readout.pooling).cpu()
         mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
+        scale_nt = sae.scale(tokens_ntd.float())
+        if scale_n is not None and scale_nt is not None:
+            scale_n[numbers] = (scale_nt * weights_nt).sum(1).cpu()
         roles_nt = None if roles_of is None else roles_of(features).long()
         encoded_nt = weights_nt > 0 if roles_nt is None else mask_nt.bool()
         codes_nc = torch.zeros(len(numbers), sae.n_concepts, device=tokens_ntd.device)
@@ -244,7 +248,7 @@ def collect_features(
                 role_energy.add(roles_nt[item_t.cpu(), position_t.cpu()], codes_tc)
         codes.append((numbers, Codes.from_dense(codes_nc.cpu())))
     energy_cr = role_energy.mean_cr() if by_role else None
-    return Features(pooled_nd, mean_nd, Codes.from_batches(codes), kinds_n, energy_cr)
+    return Features(pooled_nd, mean_nd, Codes.from_batches(codes), kinds_n, energy_cr, scale_n)
 
 
 def _encoded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,14 @@ class LiveSource:
         self.training = (~held_out_n).nonzero()[:, 0].tolist()
         if len(self.training) < processes:
             raise UserError(f"{len(items)} items are too few to train on; give more")
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Estimated from one batch of items from all over them."""
+        picks = torch.linspace(0, len(self.training) - 1, self.batch_size).round().long().unique()
+        sample = [self.items[self.training[i]] for i in picks.tolist()]
+        in_sample = sum(len(roles_t) for _, roles_t, _ in self._tokens(sample))
+        return round(in_sample * len(self.items) / len(sample))
 
     def epoch(self, generator: torch.Generator) -> list[list[int]]:
         """Item numbers in a random order, `items_in_block` at a time."""

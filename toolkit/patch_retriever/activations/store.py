@@ -172,6 +172,11 @@ class StoreSource:
         largest = max(shard["tokens"] for shard in store.shards)
         self.shards_in_block = max(1, block_bytes * processes // (2 * store.d * largest))
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the store."""
+        return self.store.n_tokens
+
     def epoch(self, generator: torch.Generator) -> list[list[int]]:
         """Shard numbers in a random order, as many in a block as memory is meant for."""
         order = torch.randperm(len(self.store.shards), generator=generator).tolist()

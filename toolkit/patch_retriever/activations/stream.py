@@ -32,6 +32,11 @@ class Block:
 class Source(Protocol):
     """Where training tokens come from: a store, or the backbone itself."""
 
+    @property
+    def n_tokens(self) -> int | None:
+        """About how many there are, over all processes; None where that is not known."""
+        ...
+
     def epoch(self, generator: torch.Generator) -> list[list[int]]:
         """The blocks of one epoch, each named by numbers of shards or items, in random order."""
         ...

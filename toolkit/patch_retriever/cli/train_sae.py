@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patch_retriever.cli import options
+from patch_retriever.sae.settings import POOLED_SHARE, SAESettings
 
 if TYPE_CHECKING:
     from patch_retriever.sae.train import Now, TrainedSAE
+
+DEFAULTS = SAESettings()
 
 
 @click.command("train-sae")
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     "--architecture",
     multiple=True,
     type=click.Choice(["topk", "batch-topk", "matryoshka", "jumprelu"]),
-    default=["topk"],
+    default=[DEFAULTS.architecture],
     show_default=True,
     help="What decides which concepts are active.",
 )
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     "--k",
     multiple=True,
     type=click.IntRange(1),
-    default=[32],
+    default=[DEFAULTS.k],
     show_default=True,
     help="Active concepts per token, exactly or on average.",
 )
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     "--expansion",
     multiple=True,
     type=click.IntRange(1),
-    default=[8],
+    default=[DEFAULTS.expansion],
     show_default=True,
     help="Concepts per dimension.",
 )
@@ -52,32 +55,51 @@ if TYPE_CHECKING:
     help="Of the weights; the first one's also of the order of tokens.",
 )
 @click.option(
-    "--steps", type=click.IntRange(1), default=2000, show_default=True, help="Steps of training."
+    "--input-scale",
+    type=click.Choice(["auto", "token", "site"]),
+    default=DEFAULTS.input_scale,
+    show_default=True,
+    help="Standardise every token by itself, or all tokens of the site alike. auto: by token after "
+    "a decoder layer, where norms differ a hundredfold.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=2048, show_default=True, help="Tokens a step."
+    "--steps",
+    type=click.IntRange(1),
+    default=DEFAULTS.steps,
+    help="Steps of training.  [default: three epochs, of 614,400 to 2,048,000 tokens]",
 )
 @click.option(
-    "--lr", type=click.FloatRange(0), default=1e-3, show_default=True, help="Learning rate of Adam."
+    "--batch-size",
+    type=click.IntRange(1),
+    default=DEFAULTS.batch_size,
+    show_default=True,
+    help="Tokens a step.",
+)
+@click.option(
+    "--lr",
+    type=click.FloatRange(0),
+    default=DEFAULTS.lr,
+    show_default=True,
+    help="Learning rate of Adam.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "bf16", "fp32"]),
-    default="auto",
+    default=DEFAULTS.precision,
     show_default=True,
     help="Of the product that selects; chosen codes are always computed in float32.",
 )
 @click.option(
     "--shared",
     type=click.Choice(["none", "iso-energy", "group-sparse"]),
-    default="none",
+    default=DEFAULTS.shared,
     show_default=True,
     help="Let the store's image-text pairs pull concepts together.",
 )
 @click.option(
     "--shared-weight",
     type=click.FloatRange(0),
-    default=0.1,
+    default=DEFAULTS.shared_weight,
     show_default=True,
     help="How strongly they do.",
 )
@@ -91,9 +113,9 @@ if TYPE_CHECKING:
 @click.option(
     "--pooled-share",
     type=click.FloatRange(0, 0.99),
-    default=0.0,
+    default=POOLED_SHARE,
     show_default=True,
-    help="Repeat tokens that the readout pools until they are this share (0.5 suits a last token).",
+    help="Repeat tokens that the readout pools until they are this share of what training sees.",
 )
 @click.option("--model", default="tiny-mllm", show_default=True, help="Backbone, without a STORE.")
 @options.revision
@@ -151,7 +173,6 @@ def train_sae(
     accelerate launch -m patch_retriever train-sae demo/run/collect --device cuda -o sae
     """
     from patch_retriever.cli.progress import Narrator, board, quiet_libraries
-    from patch_retriever.sae.settings import SAESettings
     from patch_retriever.sae_training import folder_names, stabilities
     from patch_retriever.sae_training import train_sae as train
 
@@ -207,15 +228,30 @@ def train_sae(
 def describe(trained: TrainedSAE) -> str:
     """Figures of an SAE for a terminal."""
     m, how = trained.metrics, trained.settings
-    roles = ", ".join(f"{name} {value:.4f}" for name, value in m.fvu_by_role.items())
-    return (
-        f"  {trained.sae.d_in} dimensions, {trained.sae.n_concepts} concepts, {how.architecture} "
-        f"k {how.k}; {trained.conversion}\n"
-        f"  on {m.tokens} held-out tokens: FVU {m.fvu:.4f} ({roles}), L0 {m.l0:.1f}, "
-        f"cosine {m.cosine:.3f}\n"
-        f"  concepts: {m.dead:.1%} silent on them, {m.dense:.1%} on more than a tenth of them; "
-        f"{m.neighbours:.1%} of nearest neighbours kept"
+    scale = "each token" if how.input_scale == "token" else "the site"
+    figures = (
+        f"  on the images' and texts' among {m.tokens} held-out tokens: FVU {m.fvu:.4f}, "
+        f"L0 {m.l0:.1f}, cosine {m.cosine:.3f}, {m.neighbours:.1%} of nearest neighbours kept",
+        f"  concepts: {trained.dead_in_training:.1%} dead at the end of training, {m.dead:.1%} "
+        f"silent on all held-out tokens, {m.dense:.1%} on more than a tenth of them",
+        *(
+            f"  {name}: {n} tokens, {_fvu(m.fvu_by_role.get(name))}, L0 {m.l0_by_role[name]:.1f}, "
+            f"cosine {m.cosine_by_role[name]:.3f}, {m.dead_by_role[name]:.1%} of concepts silent"
+            for name, n in m.tokens_by_role.items()
+        ),
     )
+    return "\n".join(
+        (
+            f"  {trained.sae.d_in} dimensions, {trained.sae.n_concepts} concepts, "
+            f"{how.architecture} k {how.k}, one scale for {scale}, {how.steps} steps of "
+            f"{how.batch_size} tokens; {trained.conversion}",
+            *figures,
+        )
+    )
+
+
+def _fvu(value: float | None) -> str:
+    return "all alike" if value is None else f"FVU {value:.4f}"
 
 
 def _own(name: str, given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def unexplained(features: Features, codes: Codes, sae: SparseAutoencoder) -> dic
     over those of each kind (0 perfect, 1 no better than the mean); of vectors of two parts, in the
     first."""
     pooled_nd = features.pooled_nd[:, : sae.d_in]
-    rebuilt_nd = codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+    scale_n = features.scale_n if codes is features.codes else None  # pooled vectors have their own
+    rebuilt_nd = sae.decode(codes, pooled_nd, scale_n)
     found = {"all": fvu(pooled_nd, rebuilt_nd)}
     for number, kind in enumerate(KINDS):
         rows_m = torch.eq(features.kinds_n, number).nonzero()[:, 0]

@@ -16,10 +16,12 @@ from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.files import write_json, write_tensors
 from patch_retriever.patch.operators import Affine, Gate, Subtract, apply_maps
+from patch_retriever.sae.scale import InputScale
 
 CONFIG, TENSORS = "patch.json", "patch.safetensors"
-FORMAT = 2
-"""1 for a patch without `layers`, which older versions read."""
+FORMAT = 3
+"""2 for a patch without a scale per token, 1 for one without `layers` either: older versions read
+what they know."""
 
 QUERY, DOCUMENT = 0, 1
 
@@ -104,8 +106,9 @@ class Patch:
         operators: list[dict[str, str]] = []
         for site, subtract in self.subtractions.items():
             at = {"site": site} if site in self.layers else {}
-            operators.append({"kind": "subtract", **at})
-            tensors |= {f"{_prefix(at)}{k}": v for k, v in vars(subtract).items()}
+            how = {} if subtract.input_scale == "none" else {"input_scale": subtract.input_scale}
+            operators.append({"kind": "subtract", **at, **how})
+            tensors |= {f"{_prefix(at)}{k}": v for k, v in subtract.tensors.items()}
         for i, step in enumerate(self.maps):
             operators.append({"kind": "affine", "name": step.name, "by": step.by})
             tensors |= {f"map{i}.weight_gde": step.weight_gde, f"map{i}.bias_ge": step.bias_ge}
@@ -118,7 +121,8 @@ class Patch:
             gate = {"margin": self.gate.margin}
         # an empty file is no safetensors: the identity patch still has its site
         write_tensors(folder / TENSORS, tensors or {"none": torch.zeros(1)})
-        version = FORMAT if self.layers else 1
+        scaled = any(s.input_scale != "none" for s in self.subtractions.values())
+        version = FORMAT if scaled else 2 if self.layers else 1
         values = {"format": version, "site": self.site, "operators": operators, "gate": gate}
         write_json(folder / CONFIG, {**values, "about": self.about})
 
@@ -146,7 +150,8 @@ class Patch:
             subtract, layers = None, {}
             for operator in values["operators"]:
                 if operator["kind"] == "subtract":
-                    found = Subtract(**_with_prefix(tensors, _prefix(operator)))
+                    rows = _with_prefix(tensors, _prefix(operator))
+                    found = Subtract(**rows, input_scale=_input_scale(operator))
                     if "site" in operator:
                         layers[operator["site"]] = found
                     else:
@@ -171,6 +176,15 @@ class Patch:
 def _prefix(operator: Mapping[str, str]) -> str:
     """How the names of a subtraction's tensors begin."""
     return f"{operator.get('site', 'subtract')}."
+
+
+def _input_scale(operator: Mapping[str, str]) -> InputScale:
+    """Of a subtraction; patches from before there was a choice do not say it."""
+    match operator.get("input_scale", "none"):
+        case "none" | "token" as scale:
+            return scale
+        case other:
+            raise ValueError(f"unknown input scale {other!r}")
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ x = p - sum_i a_i z_i d_i, and the pooled vector is p = sum_i z_i d_i + b_dec + 
 is linear up to the length l of x W + b, so that e is a sum of
 
 - one vector for each active concept, (1 - a_i) z_i d_i W / l,
-- the geometry, (b_dec W + b) / l: what every item of the group has in common, and
+- the geometry, (b_dec W + b) / l: what every item of the group has in common (with a scale per
+  token also the item's own level and size: std b_dec + mean in place of b_dec), and
 - the residual's, residual W / l.
 
 A readout of two parts puts the last token's raw vector beside p. No concept is taken out of that
@@ -32,11 +33,13 @@ from patch_retriever.sae.model import SparseAutoencoder
 @dataclass(frozen=True)
 class PooledItem:
     """One item before any patch: its pooled vector (d,), or (2 d,) of two parts, the mean (d,) of
-    its raw tokens, which the gate asks, and its pooled codes (c,)."""
+    its raw tokens, which the gate asks, its pooled codes (c,), and, of an SAE with a scale per
+    token, its pooled scale."""
 
     pooled_d: Tensor
     mean_d: Tensor
     codes_c: Tensor
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,17 @@ def contributions(
         numbers_m: the concepts asked about: every one that is active on either side.
     """
     rows_md = sae.W_dec_cd[numbers_m].double()
-    b_dec_d = sae.b_dec_d.double()
     kept_m = 1 - strengths(patch, sae.n_concepts)[numbers_m].double()
     sides = [
-        _Side.of(patch, item, role, item.codes_c[numbers_m].double(), kept_m, rows_md, b_dec_d)
+        _Side.of(
+            patch,
+            item,
+            role,
+            item.codes_c[numbers_m].double(),
+            kept_m,
+            rows_md,
+            sae.base(item.pooled_d[: sae.d_in], item.scale).double(),
+        )
         for role, item in ((QUERY, query), (DOCUMENT, document))
     ]
     concepts_m = torch.zeros(len(numbers_m), dtype=torch.float64)
@@ -78,7 +88,7 @@ def contributions(
         seen_d, seen_last_d = (side.weight_de @ other.embedding_e / side.length).tensor_split([d])
         concepts_m += side.kept_codes_m * (rows_md @ seen_d) / 2
         shift = side.bias_e @ other.embedding_e / side.length
-        geometry += float(b_dec_d @ seen_d + shift) / 2
+        geometry += float(side.base_d @ seen_d + shift) / 2
         residual += float(side.residual_d @ seen_d) / 2
         last_token += float(side.last_token_d @ seen_last_d) / 2
     score = float(sides[0].embedding_e @ sides[1].embedding_e)
@@ -100,6 +110,7 @@ class _Side:
     weight_de: Tensor
     bias_e: Tensor
     kept_codes_m: Tensor
+    base_d: Tensor
     residual_d: Tensor
     last_token_d: Tensor
     embedding_e: Tensor
@@ -114,17 +125,16 @@ class _Side:
         codes_m: Tensor,
         kept_m: Tensor,
         rows_md: Tensor,
-        b_dec_d: Tensor,
+        base_d: Tensor,
     ) -> _Side:
         weight_de, bias_e = _map_of(patch, item, role)
-        pooled_d, last_token_d = item.pooled_d.double().tensor_split([len(b_dec_d)])
-        residual_d = pooled_d - (codes_m @ rows_md + b_dec_d)
-        x_d = torch.cat([(codes_m * kept_m) @ rows_md + b_dec_d + residual_d, last_token_d])
+        pooled_d, last_token_d = item.pooled_d.double().tensor_split([len(base_d)])
+        residual_d = pooled_d - (codes_m @ rows_md + base_d)
+        x_d = torch.cat([(codes_m * kept_m) @ rows_md + base_d + residual_d, last_token_d])
         out_e = x_d @ weight_de + bias_e
         length = torch.linalg.vector_norm(out_e).clamp(min=1e-12)  # as F.normalize
-        kept_codes_m = codes_m * kept_m
-        unit_e = out_e / length
-        return cls(weight_de, bias_e, kept_codes_m, residual_d, last_token_d, unit_e, length)
+        kept_m, unit_e = codes_m * kept_m, out_e / length
+        return cls(weight_de, bias_e, kept_m, base_d, residual_d, last_token_d, unit_e, length)
 
 
 def _map_of(patch: Patch, item: PooledItem, role: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """A patch in the middle of the model as sentence-transformers modules, with code of its own.
 
-No stock module can change the residual stream on its way through the layers. So the export holds a
-copy of `patched_transformer.py`, and whoever loads it has to say `trust_remote_code=True`. With the
-code there, all of the patch is in it, so that `encode(..., patch=False)` switches all of it off.
+No stock module can change the residual stream on its way through the layers, nor divide a token by
+its own standard deviation. So the export of such a patch holds a copy of `patched_transformer.py`,
+and whoever loads it has to say `trust_remote_code=True`. With the code there, all of the patch is
+in it, so that `encode(..., patch=False)` switches all of it off.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from patch_retriever.backbones.readout import PoolingMode, layer_number
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
 from patch_retriever.patch.export import Layout
 from patch_retriever.patch.operators import Gate, Subtract, compose
+from patch_retriever.sae.scale import EPSILON
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -31,7 +33,8 @@ CODE = Path(__file__).with_name("patched_transformer.py")
 
 def needs_code(patch: Patch, transformer: Transformer) -> bool:
     """Whether an export of `patch` on this backbone holds code of its own."""
-    return bool(patch.layers) or casts_pictures(transformer.model)
+    scaled = patch.subtract is not None and patch.subtract.input_scale == "token"
+    return bool(patch.layers) or scaled or casts_pictures(transformer.model)
 
 
 def patched_modules(
@@ -56,7 +59,10 @@ def _patched(transformer: Transformer, patch: Patch, keep_raw: bool) -> PatchedT
     from patch_retriever.patch.patched_transformer import READOUT, PatchedTransformer, Subtraction
 
     def subtraction(subtract: Subtract) -> Subtraction:
-        return Subtraction({name: vars(subtract)[name] for name in Subtraction.FIELDS})
+        tensors = {name: subtract.tensors[name] for name in Subtraction.FIELDS}
+        if subtract.input_scale == "token":
+            tensors[Subtraction.EPSILON] = torch.tensor(EPSILON)
+        return Subtraction(tensors)
 
     subtractions = {str(layer_number(s)): subtraction(patch.layers[s]) for s in patch.layers}
     if patch.subtract is not None:

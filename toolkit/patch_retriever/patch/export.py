@@ -42,7 +42,12 @@ def token_modules(subtract: Subtract, keep_raw: bool) -> list[Dense]:
 
     With `keep_raw` the raw activation stays beside the patched one, [patched; h] (2 d wide), for
     a gate that has to see it.
+
+    Raises:
+        ValueError: the subtraction is of an SAE with a scale per token.
     """
+    if subtract.input_scale == "token":
+        raise ValueError("no stock module divides a token by its own scale: this needs code")
     d, m = subtract.W_enc_dm.shape
     steep_m = _STEEP / subtract.threshold_m.abs().clamp(min=1e-6)
     value = torch.cat([torch.eye(d), subtract.W_enc_dm.T])

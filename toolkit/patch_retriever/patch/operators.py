@@ -19,6 +19,7 @@ from torch import Tensor
 from patch_retriever.items import KINDS
 from patch_retriever.sae.codes import Codes
 from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.scale import InputScale, scaled_input, token_scale
 
 By = Literal["all", "role", "modality"]
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -34,7 +35,8 @@ class Subtract:
     """h - sum_i a_i z_i(h) d_i over m selected concepts, z_i = u_i [u_i > threshold_i].
 
     It holds the rows of the SAE that it needs and no others: `concepts_m` (their numbers in the
-    SAE), `strength_m` (a, in [0, 1]), `W_enc_dm`, `b_enc_m`, `threshold_m`, `W_dec_md`.
+    SAE), `strength_m` (a, in [0, 1]), `W_enc_dm`, `b_enc_m`, `threshold_m`, `W_dec_md`; and the
+    SAE's `input_scale`, which says what u is computed from.
     """
 
     concepts_m: Tensor
@@ -43,6 +45,7 @@ class Subtract:
     b_enc_m: Tensor
     threshold_m: Tensor
     W_dec_md: Tensor
+    input_scale: InputScale = "none"
 
     @classmethod
     def from_sae(cls, sae: SparseAutoencoder, strength_c: Tensor) -> Subtract:
@@ -55,13 +58,20 @@ class Subtract:
             sae.b_enc_c[concepts_m],
             sae.threshold_c[concepts_m],
             sae.W_dec_cd[concepts_m],
+            sae.input_scale,
         )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by their names."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
 
     def to(self, device: torch.device) -> Subtract:
         """The same on a device; itself where it is there already."""
         if self.W_dec_md.device == device:
             return self
-        return Subtract(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Subtract(**tensors, input_scale=self.input_scale)
 
     def is_like(self, other: Subtract) -> bool:
         """Whether both take the same concepts of the same SAE by the same strengths."""
@@ -79,8 +89,11 @@ class Subtract:
 
     def __call__(self, h_nd: Tensor) -> Tensor:
         """Patched activations (..., d)."""
-        u = h_nd @ self.W_enc_dm + self.b_enc_m
-        return h_nd - (u * (u > self.threshold_m) * self.strength_m) @ self.W_dec_md
+        u = scaled_input(h_nd, self.input_scale) @ self.W_enc_dm + self.b_enc_m
+        removed_nd = (u * (u > self.threshold_m) * self.strength_m) @ self.W_dec_md
+        if self.input_scale == "token":
+            removed_nd = removed_nd * token_scale(h_nd)[..., None]
+        return h_nd - removed_nd
 
     def on_stream(self, h_ntd: Tensor) -> Tensor:
         """The patched residual stream, as the next layer wants it: computed in float32 where the

@@ -35,23 +35,36 @@ class _InFloat32(nn.Module):
 
 
 class Subtraction(_InFloat32):
-    """h - sum_i a_i z_i(h) d_i with z_i = u_i [u_i > threshold_i], in float32."""
+    """h - sum_i a_i z_i(h) d_i with z_i = u_i [u_i > threshold_i], in float32.
+
+    With `epsilon`, u is computed from standardised tokens, x = (h - mean) / (std + epsilon), and
+    z_i = std u_i [u_i > threshold_i].
+    """
 
     FIELDS = ("strength_m", "W_enc_dm", "b_enc_m", "threshold_m", "W_dec_md")
+    EPSILON = "epsilon"
+    """The tensor that is there only where every token has a scale of its own."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         for name in self.FIELDS:
             self.register_buffer(name, tensors[name].float())
+        if self.EPSILON in tensors:
+            self.register_buffer(self.EPSILON, tensors[self.EPSILON].float())
 
     def forward(self, h_ntd: Tensor) -> Tensor:
         """Patched activations (..., d), in float32."""
         strength_m, W_enc_dm, b_enc_m, threshold_m, W_dec_md = (
             getattr(self, name).to(h_ntd.device) for name in self.FIELDS
         )
-        x_ntd = h_ntd.float()
+        x_ntd = h_ntd = h_ntd.float()
+        epsilon = self._buffers.get(self.EPSILON)
+        if epsilon is not None:
+            std_nt1 = h_ntd.std(-1, keepdim=True)
+            x_ntd = (h_ntd - h_ntd.mean(-1, keepdim=True)) / (std_nt1 + epsilon.to(h_ntd.device))
         u = x_ntd @ W_enc_dm + b_enc_m
-        return x_ntd - (u * (u > threshold_m) * strength_m) @ W_dec_md
+        removed_ntd = (u * (u > threshold_m) * strength_m) @ W_dec_md
+        return h_ntd - (removed_ntd if epsilon is None else removed_ntd * std_nt1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from patch_retriever.backbones.load import BUILT_IN, built_in_model
@@ -11,10 +12,12 @@ from patch_retriever.data import SCENES, scenes_data
 from patch_retriever.items import KINDS
 from patch_retriever.plan.sizes import Sizes, Split
 from patch_retriever.plan.speed import measured_speed
+from patch_retriever.plan.stages import store_tokens
 from patch_retriever.plan.table import plan_json
 from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.pairs import SHARES
 from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.settings import training_steps
 
 
 def plan_of(config: BuildConfig, n_pairs: int, sae: SparseAutoencoder | None) -> dict[str, Any]:
@@ -38,11 +41,14 @@ def plan_of(config: BuildConfig, n_pairs: int, sae: SparseAutoencoder | None) ->
         parameters=size.parameters,
         decoder_parameters=size.decoder_parameters,
         parameter_bytes=dtype.itemsize,
-        sae_steps=config.sae.steps if sae is None else 0,
+        sae_steps=0 if sae is not None else config.sae.steps or 0,
         sae_batch=config.sae.batch_size,
         most=config.max_calibration_items,
         pooled_tokens=config.pooling != "lasttoken",
     )
+    if sae is None and config.sae.steps is None:
+        steps = training_steps(store_tokens(sizes), config.sae.batch_size)
+        sizes = replace(sizes, sae_steps=steps)
     found = plan_json(sizes, measured_speed(config.device, dtype))
     return {**found, "image_tokens_from": size.image_tokens_from}
 

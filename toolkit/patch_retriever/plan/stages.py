@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from math import ceil
 
 from patch_retriever.plan.sizes import CHOSEN, Fits, Sizes, Split
+from patch_retriever.sae.settings import MOST_TOKENS
 
 RUNTIME_BYTES = 600_000_000
 """Python, torch and the other libraries, before any work."""
-STORE_TOKENS = 2_000_000
-"""Tokens that the store keeps, or as many as training reads if that is more."""
 ENTRY_BYTES = 12
 """Of an active concept in sparse codes: its number (int64) and its activation (float32)."""
 EIGH, SVD, SOLVE = 8, 24, 5
 """Products of d x d matrices that LAPACK's decompositions take as long as (measured)."""
 _MINED = 5
 """Hard negatives of every query."""
-_PROMPTS, _READOUTS = 3, 18
+_PROMPTS, _READOUTS = 3, 36
 """Prompts that the choice of a readout tries, and readouts in all."""
 
 
@@ -93,7 +92,7 @@ def _readout(sizes: Sizes) -> Stage:
 
 def store_tokens(sizes: Sizes) -> int:
     """Tokens that the store keeps."""
-    wanted = max(STORE_TOKENS, sizes.sae_steps * sizes.sae_batch)
+    wanted = max(MOST_TOKENS, sizes.sae_steps * sizes.sae_batch)
     return min(sizes.tokens(sizes.calibration), wanted)
 
 

@@ -12,7 +12,7 @@ from patch_retriever.sae.learner import Learner
 from patch_retriever.sae.processes import Processes
 
 FILE = "training.safetensors"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 """Raised when the state changes meaning, so that an old checkpoint is refused."""
 
 

@@ -116,6 +116,11 @@ class Codes:
         values_e = self.values_e * scale_c.index_select(0, self.concepts_e)
         return Codes(self.starts_n1, self.concepts_e, values_e, self.n_concepts)
 
+    def rows_scaled(self, scale_n: Tensor) -> Codes:
+        """Every item's activations times its entry in `scale_n`."""
+        values_e = self.values_e * scale_n[self.rows_e]
+        return Codes(self.starts_n1, self.concepts_e, values_e, self.n_concepts)
+
     def sum(self) -> Tensor:
         """Sum over items, (c,)."""
         total_c = torch.zeros(self.n_concepts, dtype=torch.float64)

@@ -12,11 +12,13 @@ from patch_retriever.sae.learner import Learner
 from patch_retriever.sae.metrics import fvu
 from patch_retriever.sae.model import SparseAutoencoder
 from patch_retriever.sae.ops import sampled_products
+from patch_retriever.sae.scale import EPSILON, InputScale, scaled_input, token_scale
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What replacing the training gate by thresholds changed, measured on the same tokens."""
+    """What replacing the training gate by thresholds changed, measured on the same tokens; FVU of
+    what the encoder sees, so that with a scale per token no token counts more than another."""
 
     l0_gate: float
     l0: float
@@ -32,15 +34,21 @@ class Conversion:
 
 @torch.no_grad()
 def convert(
-    learner: Learner, mean_d: Tensor, scale: float, x_nd: Tensor
+    learner: Learner,
+    mean_d: Tensor,
+    scale: float,
+    x_nd: Tensor,
+    input_scale: InputScale = "none",
 ) -> tuple[SparseAutoencoder, Conversion]:
     """The JumpReLU SAE of a trained one, and what that changed.
 
-    Training saw (x - mean) / scale; both are folded into the weights, so the SAE takes raw
-    activations, and its codes are in their units. Thresholds come from the raw activations `x_nd`.
+    Training saw (x - mean) / scale, of standardised tokens x with `input_scale` "token"; mean and
+    scale are folded into the weights, so the SAE takes raw activations, and its codes are in their
+    units. Thresholds come from the raw activations `x_nd`.
     """
     weights = learner.weights
-    mean_d, x_nd = mean_d.to(weights.b_dec_d.device), x_nd.to(weights.b_dec_d.device)
+    mean_d, raw_nd = mean_d.to(weights.b_dec_d.device), x_nd.to(weights.b_dec_d.device)
+    x_nd = scaled_input(raw_nd, input_scale)
     lengths_c = torch.linalg.vector_norm(weights.W_dec_cd, dim=1)
     W_enc_cd = weights.W_enc_cd * lengths_c[:, None]
     b_enc_c = scale * lengths_c * weights.b_enc_c - W_enc_cd @ mean_d
@@ -60,8 +68,11 @@ def convert(
         case _:
             threshold_c = matched_thresholds(x_nd, W_enc_cd, b_enc_c, gated.counts())
     W_enc_dc = W_enc_cd.T.contiguous()
-    sae = SparseAutoencoder(W_enc_dc, b_enc_c, W_dec_cd, b_dec_d, threshold_c)
-    conversion = _compared(sae, gated, x_nd)
+    sae = SparseAutoencoder(
+        W_enc_dc, b_enc_c, W_dec_cd, b_dec_d, threshold_c, input_scale=input_scale
+    )
+    scale_n = sae.scale(raw_nd)
+    conversion = _compared(sae, gated if scale_n is None else gated.rows_scaled(scale_n), raw_nd)
     return sae.cpu(), conversion
 
 
@@ -69,9 +80,16 @@ def convert(
 def with_thresholds(sae: SparseAutoencoder, x_nd: Tensor) -> tuple[SparseAutoencoder, Conversion]:
     """A TopK SAE as a JumpReLU SAE: every concept fires as often on `x_nd` as TopK chose it."""
     gated = sae.codes(x_nd)
-    W_enc_cd = sae.W_enc_dc.T.contiguous()
-    threshold_c = matched_thresholds(x_nd, W_enc_cd, sae.b_enc_c, gated.counts())
-    converted = SparseAutoencoder(sae.W_enc_dc, sae.b_enc_c, sae.W_dec_cd, sae.b_dec_d, threshold_c)
+    W_enc_cd, input_nd = sae.W_enc_dc.T.contiguous(), scaled_input(x_nd, sae.input_scale)
+    threshold_c = matched_thresholds(input_nd, W_enc_cd, sae.b_enc_c, gated.counts())
+    converted = SparseAutoencoder(
+        sae.W_enc_dc,
+        sae.b_enc_c,
+        sae.W_dec_cd,
+        sae.b_dec_d,
+        threshold_c,
+        input_scale=sae.input_scale,
+    )
     return converted, _compared(converted, gated, x_nd)
 
 
@@ -85,13 +103,20 @@ def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
         sae.W_dec_cd / lengths_c[:, None],
         sae.b_dec_d,
         sae.threshold_c * lengths_c,
+        input_scale=sae.input_scale,
     )
 
 
 def _compared(sae: SparseAutoencoder, gated: Codes, x_nd: Tensor) -> Conversion:
     """The gate's codes beside those of the thresholds."""
     codes = sae.codes(x_nd)
-    figures = [fvu(x_nd, c.matmul(sae.W_dec_cd) + sae.b_dec_d) for c in (gated, codes)]
+    figures = []
+    for each in (gated, codes):
+        left_nd = x_nd - sae.decode(each, x_nd)
+        if sae.input_scale == "token":
+            left_nd = left_nd / (token_scale(x_nd)[:, None] + EPSILON)
+        input_nd = scaled_input(x_nd, sae.input_scale)
+        figures.append(fvu(input_nd, input_nd - left_nd))
     return Conversion(gated.l0, codes.l0, *figures)
 
 

@@ -129,7 +129,7 @@ class Learner:
         *,
         k_aux: int = 256,
         aux_weight: float = 1 / 32,
-        dead_after: int = 60,
+        dead_after: int = 61_440,
         low_precision: bool = False,
         shared: SharedConcepts | None = None,
         reduce: Reduce = lambda t: t,
@@ -148,13 +148,13 @@ class Learner:
         loss, gradient = self.gradient(x_nd, n_pairs)
         self.update(gradient, lr)
         fired_c = self.reduce(loss.fired_c.float()) > 0
-        self.silent_c += 1
+        self.silent_c += len(x_nd) - 2 * n_pairs
         self.silent_c[fired_c] = 0
         return loss
 
     @property
     def dead_c(self) -> Tensor:
-        """Which concepts have not fired for `dead_after` steps."""
+        """Which concepts have not fired for `dead_after` tokens (of this process)."""
         return self.silent_c >= self.dead_after
 
     def state(self) -> dict[str, Tensor]:

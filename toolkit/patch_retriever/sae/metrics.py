@@ -8,32 +8,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patch_retriever.sae.codes import Codes
 from patch_retriever.sae.model import SparseAutoencoder
 
 DENSE = 0.1
 """A concept that is active on more than this share of tokens is dense: it tells little apart."""
 
 
+CONTENT = ("image", "text")
+"""The token roles that headline figures are of: items themselves, not what is written around."""
+
+
 @dataclass(frozen=True)
 class SAEMetrics:
-    """Figures of an SAE on some tokens."""
+    """Figures of an SAE on tokens that no training saw, sinks left out.
+
+    The headline is over content tokens, images' and texts': template tokens are nearly constant,
+    so they hide what an SAE misses. Figures per role (`..._by_role`) are of every role that is
+    there; `fvu_by_role` leaves out roles whose tokens are all alike.
+    """
 
     fvu: float
-    """Fraction of variance unexplained: 0 is perfect, 1 no better than the mean."""
+    """Fraction of the content tokens' variance unexplained: 0 is perfect, 1 no better than the
+    mean."""
     fvu_by_role: dict[str, float]
-    """The same within the tokens of each role, of those that are not all alike."""
     l0: float
-    """Active concepts per token."""
-    dead: float
-    """Share of concepts that are active on no token."""
-    dense: float
-    """Share of concepts that are active on more than a tenth of the tokens."""
+    """Active concepts per content token."""
+    l0_by_role: dict[str, float]
     cosine: float
-    """Mean cosine between activations and reconstructions."""
+    """Mean cosine between content tokens and their reconstructions."""
+    cosine_by_role: dict[str, float]
+    dead: float
+    """Share of concepts that are active on no token, of whatever role."""
+    dead_by_role: dict[str, float]
+    """Share of concepts that are active on no token of the role."""
+    dense: float
+    """Share of concepts that are active on more than a tenth of all tokens."""
     neighbours: float
-    """Share of the 10 nearest tokens by cosine that reconstructions keep."""
+    """Share of a content token's 10 nearest by cosine that reconstructions keep."""
     tokens: int
     """How many tokens these figures are from."""
+    tokens_by_role: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -47,24 +62,38 @@ def measure(
     roles_n: Tensor,
     role_names: tuple[str, ...] = (),
 ) -> SAEMetrics:
-    """All figures on activations (n, d) with the numbers of their roles (n,)."""
+    """All figures on activations (n, d) with the numbers of their roles (n,).
+
+    Where no token is of an image or a text, the headline is over all of them.
+    """
     codes = sae.codes(x_nd)
-    out_nd = codes.matmul(sae.W_dec_cd) + sae.b_dec_d
-    by_role = {}
-    for number, name in enumerate(role_names):
-        rows_m = torch.eq(roles_n, number).nonzero()[:, 0]
-        if len(rows_m) and (x_nd[rows_m] != x_nd[rows_m[0]]).any():
-            by_role[name] = fvu(x_nd[rows_m], out_nd[rows_m])
-    counts_c = codes.counts()
+    out_nd = sae.decode(codes, x_nd)
+    named = {name: torch.eq(roles_n, number) for number, name in enumerate(role_names)}
+    rows = {name: is_n.nonzero()[:, 0] for name, is_n in named.items() if is_n.any()}
+    content = [rows[name] for name in CONTENT if name in rows]
+    content_m = torch.cat(content).sort().values if content else torch.arange(len(x_nd))
+    cosine_n = torch.nn.functional.cosine_similarity(x_nd, out_nd)
+
+    def is_silent(codes: Codes) -> float:
+        return float((codes.counts() == 0).float().mean())
+
     return SAEMetrics(
-        fvu(x_nd, out_nd),
-        by_role,
-        codes.l0,
-        float((counts_c == 0).float().mean()),
-        float((counts_c > DENSE * len(x_nd)).float().mean()),
-        float(torch.nn.functional.cosine_similarity(x_nd, out_nd).mean()),
-        neighbour_recall(x_nd, out_nd),
-        len(x_nd),
+        fvu=fvu(x_nd[content_m], out_nd[content_m]),
+        fvu_by_role={
+            name: fvu(x_nd[rows_m], out_nd[rows_m])
+            for name, rows_m in rows.items()
+            if (x_nd[rows_m] != x_nd[rows_m[0]]).any()
+        },
+        l0=codes[content_m].l0,
+        l0_by_role={name: codes[rows_m].l0 for name, rows_m in rows.items()},
+        cosine=float(cosine_n[content_m].mean()),
+        cosine_by_role={name: float(cosine_n[rows_m].mean()) for name, rows_m in rows.items()},
+        dead=is_silent(codes),
+        dead_by_role={name: is_silent(codes[rows_m]) for name, rows_m in rows.items()},
+        dense=float((codes.counts() > DENSE * len(x_nd)).float().mean()),
+        neighbours=neighbour_recall(x_nd[content_m], out_nd[content_m]),
+        tokens=len(x_nd),
+        tokens_by_role={name: len(rows_m) for name, rows_m in rows.items()},
     )
 
 

@@ -1,11 +1,21 @@
-"""The settings of an SAE's training."""
+"""The settings of an SAE's training, and their defaults: the only ones there are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
+
+from patch_retriever.sae.scale import InputScale
+
+EPOCHS, LEAST_TOKENS, MOST_TOKENS = 3, 614_400, 2_048_000
+"""Tokens that a training sees: those of the store three times, but no fewer and no more than
+this."""
+
+POOLED_SHARE = 0.5
+"""Tokens that the readout pools are repeated until they are this share of what training sees: a
+last-token readout uses one in many; a mean over all tokens is not changed."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +34,19 @@ class SAESettings:
     """Concepts per dimension of the activations."""
     k: Annotated[int, Field(ge=1)] = 24
     """Active concepts per token, exactly or on average."""
-    steps: Annotated[int, Field(ge=1)] = 600
+    input_scale: Literal["auto", "token", "site"] = "auto"
+    """token: every token is standardised over its dimensions; site: one mean and one scale for all
+    tokens. auto: token after a decoder layer, where norms differ a hundredfold, site at the last
+    hidden state, which the model itself has normalised."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """None: as many as the number of tokens asks for (`training_steps`)."""
     batch_size: Annotated[int, Field(ge=1)] = 1024
     """Tokens per step, of all processes together."""
     lr: Annotated[float, Field(ge=0)] = 2e-3
     warmup: Annotated[int, Field(ge=1)] = 20
     """Steps until the learning rate is reached; in the last fifth of all steps it falls to zero."""
-    dead_after: Annotated[int, Field(ge=1)] = 60
-    """Steps without firing after which a concept is dead and trained on what is left over."""
+    dead_after_tokens: Annotated[int, Field(ge=1)] = 61_440
+    """Tokens without firing after which a concept is dead and trained on what is left over."""
     k_aux: Annotated[int, Field(ge=1)] = 256
     """Dead concepts that reconstruct the error of each token (AuxK, Gao et al. 2024)."""
     aux_weight: Annotated[float, Field(ge=0)] = 1 / 32
@@ -45,3 +60,26 @@ class SAESettings:
     """Pairs in every step where concepts are shared."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Of the weights and the order of tokens; the build's own where none is given."""
+
+    def resolved(self, site: str | None, steps: int) -> SAESettings:
+        """The same with nothing left open, for the activations of a site (None: unknown, so that
+        all tokens have one scale) and the steps of the training."""
+        scale = self.input_scale
+        if scale == "auto":
+            scale = "token" if site is not None and site.startswith("layers.") else "site"
+        return replace(self, input_scale=scale, steps=steps)
+
+    @property
+    def scale_of_input(self) -> InputScale:
+        """What the trained SAE does with its input; settings have to be resolved."""
+        return "token" if self.input_scale == "token" else "none"
+
+
+def training_steps(n_tokens: int | None, batch_size: int) -> int:
+    """Steps of training on `n_tokens` tokens, each of `batch_size`.
+
+    Three epochs, but at least 614,400 tokens, below which concepts are still moving, and at most
+    2,048,000. Where the number is unknown, the least.
+    """
+    seen = min(max(EPOCHS * (n_tokens or 0), LEAST_TOKENS), MOST_TOKENS)
+    return -(-seen // batch_size)

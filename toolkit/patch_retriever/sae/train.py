@@ -26,7 +26,8 @@ from patch_retriever.sae.metrics import SAEMetrics, measure
 from patch_retriever.sae.model import SparseAutoencoder
 from patch_retriever.sae.ops import PreActivations, sampled_products, topk_of_batch
 from patch_retriever.sae.processes import Processes
-from patch_retriever.sae.settings import SAESettings
+from patch_retriever.sae.scale import InputScale, scaled_input
+from patch_retriever.sae.settings import SAESettings, training_steps
 from patch_retriever.sae.shared import SharedConcepts
 
 HELD_OUT_TOKENS = 16_384
@@ -48,6 +49,27 @@ Watch = Callable[[Now], None]
 
 
 @dataclass(frozen=True)
+class Normalisation:
+    """What training sees of activations: scaled per token or not, less a mean, over one scale."""
+
+    input_scale: InputScale
+    mean_d: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, x_nd: Tensor, input_scale: InputScale, processes: Processes) -> Normalisation:
+        """By the mean (d,) of some tokens and the root mean square distance from it."""
+        x_nd = scaled_input(x_nd, input_scale)
+        mean_d = processes.mean(x_nd.mean(0))
+        square = processes.mean((x_nd - mean_d).square().sum(1).mean())
+        return cls(input_scale, mean_d, max(float(square) ** 0.5, 1e-12))
+
+    def __call__(self, x_nd: Tensor) -> Tensor:
+        """Of raw activations (..., d)."""
+        return (scaled_input(x_nd, self.input_scale) - self.mean_d) / self.scale
+
+
+@dataclass(frozen=True)
 class TrainedSAE:
     """An SAE with its settings and what was measured of it on tokens that it never saw."""
 
@@ -55,6 +77,8 @@ class TrainedSAE:
     settings: SAESettings
     conversion: Conversion
     metrics: SAEMetrics
+    dead_in_training: float
+    """Share of concepts that no token fired of the last `dead_after_tokens` in training."""
 
     def about(self) -> dict[str, Any]:
         """Settings and figures, as JSON values."""
@@ -62,6 +86,7 @@ class TrainedSAE:
             "settings": asdict(self.settings),
             "conversion": asdict(self.conversion),
             "metrics": self.metrics.to_json(),
+            "dead_in_training": self.dead_in_training,
         }
 
 
@@ -69,6 +94,7 @@ def train_saes(
     source: Source,
     settings: Sequence[SAESettings],
     *,
+    site: str | None = None,
     pooled_share: float = 0.0,
     pairs_p2d: Tensor | None = None,
     role_names: tuple[str, ...] = (),
@@ -83,6 +109,7 @@ def train_saes(
     Args:
         source: where tokens come from (`StoreSource`, `LiveSource`).
         settings: one for each SAE; steps, batch size and the first seed are of all.
+        site: of the activations, for settings that leave the input scale to it.
         pooled_share: share of a batch that tokens have which the readout's pooling reads.
         pairs_p2d: vectors of pairs (p, 2, d), for settings that share concepts.
         role_names: names of the roles that the source numbers, for figures per role.
@@ -96,6 +123,8 @@ def train_saes(
     processes = processes or Processes()
     keep_freed_memory()
     common = settings[0]
+    steps = common.steps or training_steps(source.n_tokens, common.batch_size)
+    settings = [s.resolved(site, steps) for s in settings]
     seed = common.seed or 0
     local_size = max(1, common.batch_size // processes.count)
     with ExitStack() as streams:
@@ -104,12 +133,23 @@ def train_saes(
         )
         opening = list(islice(stream, 8))
         first_nd = torch.cat([x_nd for x_nd, _ in opening])
-        mean_d, scale = _statistics(first_nd, processes)
-        normalised_nd = ((first_nd[:local_size] - mean_d) / scale).to(processes.device)
-        learners = [_learner(s, normalised_nd, processes) for s in settings]
-        pairs = None if pairs_p2d is None else _Pairs((pairs_p2d - mean_d) / scale, common, seed)
+        normalisations = {
+            scale: Normalisation.of(first_nd, scale, processes)
+            for scale in dict.fromkeys(s.scale_of_input for s in settings)
+        }
+        seen = {
+            scale: normalise(first_nd[:local_size]).to(processes.device)
+            for scale, normalise in normalisations.items()
+        }
+        learners = [_learner(s, seen[s.scale_of_input], processes) for s in settings]
+        pairs = {
+            scale: _Pairs(normalise(pairs_p2d), common, seed)
+            for scale, normalise in normalisations.items()
+            if pairs_p2d is not None
+        }
+        statistics = [[n.mean_d.tolist(), n.scale] for n in normalisations.values()]
         key = value_hash(
-            [CHECKPOINT_FORMAT, [asdict(s) for s in settings], pooled_share, mean_d.tolist(), scale]
+            [CHECKPOINT_FORMAT, [asdict(s) for s in settings], pooled_share, *statistics]
         )
         checkpoint = Checkpoint(folder, key, learners, processes)
         start, position, fvu = checkpoint.load()
@@ -119,18 +159,23 @@ def train_saes(
             stream, opening = streams.enter_context(closing(there)), []
         began, measured_from = time.monotonic(), start
         tokens = chain(opening, stream)
-        for step in progress(range(start, common.steps), common.steps - start):
+        for step in progress(range(start, steps), steps - start):
             x_nd, position = next(tokens)
-            x_nd = ((x_nd - mean_d) / scale).to(processes.device)
+            seen = {
+                s: normalise(x_nd).to(processes.device) for s, normalise in normalisations.items()
+            }
             losses = []
             for learner, own in zip(learners, settings, strict=True):
-                extra_qd = pairs.at(step) if pairs is not None and own.shared != "none" else None
+                x_nd = seen[own.scale_of_input]
+                extra_qd = None
+                if pairs and own.shared != "none":
+                    extra_qd = pairs[own.scale_of_input].at(step)
                 batch_nd = x_nd if extra_qd is None else torch.cat([x_nd, extra_qd.to(x_nd.device)])
                 n_pairs = 0 if extra_qd is None else len(extra_qd) // 2
-                losses.append(learner.step(batch_nd, _lr(own, step, common.steps), n_pairs))
+                losses.append(learner.step(batch_nd, _lr(own, step, steps), n_pairs))
             for i, loss in enumerate(losses):
                 fvu[i] += max(0.02, 1 / (step + 1)) * (float(loss.fvu) - fvu[i])
-            if watch is not None and ((step + 1) % 10 == 0 or step + 1 == common.steps):
+            if watch is not None and ((step + 1) % 10 == 0 or step + 1 == steps):
                 rate = (step + 1 - measured_from) * common.batch_size / (time.monotonic() - began)
                 watch(_now(step + 1, rate, fvu, losses, learners))
             if (step + 1) % checkpoint_every == 0:
@@ -139,22 +184,23 @@ def train_saes(
     fitting, measuring = slice(0, None, 2), slice(1, None, 2)
     trained = []
     for learner, own in zip(learners, settings, strict=True):
-        sae, conversion = convert(learner, mean_d, scale, held_out_nd[fitting])
+        normalise = normalisations[own.scale_of_input]
+        sae, conversion = convert(
+            learner,
+            normalise.mean_d,
+            normalise.scale,
+            held_out_nd[fitting],
+            normalise.input_scale,
+        )
         metrics = measure(sae, held_out_nd[measuring], roles_n[measuring], role_names)
-        trained.append(TrainedSAE(sae, own, conversion, metrics))
+        dead = float(learner.dead_c.float().mean())
+        trained.append(TrainedSAE(sae, own, conversion, metrics, dead))
     return trained
 
 
 def _lr(settings: SAESettings, step: int, steps: int) -> float:
     """Linear warm-up; in the last fifth linearly down to zero."""
     return settings.lr * min(1.0, (step + 1) / settings.warmup, 5 * (steps - step) / steps)
-
-
-def _statistics(x_nd: Tensor, processes: Processes) -> tuple[Tensor, float]:
-    """Mean (d,) and root mean square distance from it."""
-    mean_d = processes.mean(x_nd.mean(0))
-    square = processes.mean((x_nd - mean_d).square().sum(1).mean())
-    return mean_d, max(float(square) ** 0.5, 1e-12)
 
 
 def _learner(settings: SAESettings, x_nd: Tensor, processes: Processes) -> Learner:
@@ -180,7 +226,7 @@ def _learner(settings: SAESettings, x_nd: Tensor, processes: Processes) -> Learn
         architecture,
         k_aux=settings.k_aux,
         aux_weight=settings.aux_weight,
-        dead_after=settings.dead_after,
+        dead_after=-(-settings.dead_after_tokens // processes.count),
         low_precision=_low_precision(settings.precision, x_nd.device),
         shared=shared,
         reduce=processes.mean,

@@ -100,7 +100,13 @@ class PatchedFeatures(SavedFeatures):
 
     def __call__(self, split: str, layers: Mapping[str, Subtract]) -> Features:
         """Features of a split by the model without what is subtracted at `layers`."""
-        key = (split, *((site, *map(_bytes, vars(s).values())) for site, s in layers.items()))
+        key = (
+            split,
+            *(
+                (site, s.input_scale, *map(_bytes, s.tensors.values()))
+                for site, s in layers.items()
+            ),
+        )
         if key not in self._kept:
             made = self._run(split, layers) if layers else super().__call__(split, layers)
             self._kept[key] = made

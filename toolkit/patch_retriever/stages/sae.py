@@ -16,19 +16,18 @@ from patch_retriever.sae.convert import with_thresholds, with_unit_rows
 from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.metrics import measure
 from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.settings import POOLED_SHARE
 from patch_retriever.sae.train import HELD_OUT_TOKENS, train_saes
 
 
 def learn_concepts(
     folder_of_store: Path, readout: Readout, config: BuildConfig, folder: Path, progress: Progress
 ) -> None:
-    """Train the SAE on a store; half of what it sees are the tokens that a last-token readout
-    pools."""
+    """Train the SAE on a store: as `train_sae` would, with the build's seed."""
     store = Store(folder_of_store)
     if config.sae_from is not None:
         sae, about = adopt_sae(config.sae_from, store)
         return save_sae(sae, folder, about)
-    share = 0.5 if readout.pooling == "lasttoken" else 0.0
     settings = config.sae if config.sae.seed is not None else replace(config.sae, seed=config.seed)
     pairs_p2d = None
     if settings.shared != "none":
@@ -36,7 +35,8 @@ def learn_concepts(
     (trained,) = train_saes(
         StoreSource(store),
         [settings],
-        pooled_share=share,
+        site=readout.site,
+        pooled_share=POOLED_SHARE,
         pairs_p2d=pairs_p2d,
         role_names=ROLES,
         progress=progress,

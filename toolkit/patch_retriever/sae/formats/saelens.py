@@ -2,8 +2,10 @@
 
 W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in) and b_dec of one of three architectures: `standard`
 (ReLU), `topk` (with `k`) and `jumprelu` (with the tensor `threshold`), which is also what SAELens
-saves BatchTopK and Matryoshka SAEs as. Semantics from SAELens 6.54 (saes/*.py); configs from before
-6.0 name some settings differently (loading/pretrained_sae_loaders.py).
+saves BatchTopK and Matryoshka SAEs as. SAELens' codes of an SAE with `layer_norm` are of the
+standardised token; ours are those times its standard deviation. Semantics from SAELens 6.54
+(saes/*.py); configs from before 6.0 name some settings differently
+(loading/pretrained_sae_loaders.py).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from patch_retriever.sae.formats.reading import (
     take,
 )
 from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.scale import InputScale
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAVED_BY = "patch-retriever"
@@ -46,10 +49,12 @@ _OTHERS = {
 _NORMALISATIONS = {
     "expected_average_only_in": "fold the scale in (fold_activation_norm_scaling_factor)",
     "covariance_whitening": "fold the whitening in (fold_activation_whitening)",
-    "layer_norm": "each token has its own scale, which no weights can hold",
     "constant_norm_rescale": "each token has its own scale, which no weights can hold",
 }
-"""What SAELens may do to activations before they are encoded, and why that is not read."""
+"""What else SAELens may do to activations before they are encoded, and why that is not read."""
+
+_INPUT_SCALES: dict[str, InputScale] = {"none": "none", "layer_norm": "token"}
+"""Our names of what is read."""
 
 
 def save(sae: SparseAutoencoder, folder: Path, about: dict[str, Any] | None = None) -> None:
@@ -73,7 +78,7 @@ def save(sae: SparseAutoencoder, folder: Path, about: dict[str, Any] | None = No
         "d_sae": sae.n_concepts,
         "dtype": "float32",
         "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
+        "normalize_activations": next(k for k, v in _INPUT_SCALES.items() if v == sae.input_scale),
         "metadata": about or {},
         "saved_by": SAVED_BY,
         # the first version with these settings; without it SAELens drops the metadata
@@ -101,7 +106,7 @@ def load(folder: Path) -> SparseAutoencoder:
     path = folder / CONFIG
     config = read_config(path)
     architecture = _architecture(path, config)
-    _check_normalisation(path, config)
+    input_scale = _input_scale(path, config)
     shapes = {"W_enc": "dc", "b_enc": "c", "W_dec": "cd", "b_dec": "d"}
     if architecture == "jumprelu":
         shapes["threshold"] = "c"
@@ -120,7 +125,7 @@ def load(folder: Path) -> SparseAutoencoder:
         b_enc_c = fold_b_dec(b_enc_c, W_enc_dc, b_dec_d)
     # SAELens gates after a ReLU, so negative thresholds act as zero
     threshold_c = rest[0].clamp(min=0) if rest else torch.zeros_like(b_enc_c)
-    return SparseAutoencoder(W_enc_dc, b_enc_c, W_dec_cd, b_dec_d, threshold_c, k)
+    return SparseAutoencoder(W_enc_dc, b_enc_c, W_dec_cd, b_dec_d, threshold_c, k, input_scale)
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> str:
@@ -140,15 +145,17 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
     )
 
 
-def _check_normalisation(path: Path, config: dict[str, Any]) -> None:
+def _input_scale(path: Path, config: dict[str, Any]) -> InputScale:
+    """What SAELens does to activations, in our words."""
     name = config.get("normalize_activations") or "none"
     if name is True:  # before 6.0
         name = "expected_average_only_in"
-    if name != "none":
+    if not isinstance(name, str) or name not in _INPUT_SCALES:
         raise UserError(
             f"{path}: an SAE of activations normalised by {name!r}, which its weights do not hold; "
-            + _NORMALISATIONS.get(str(name), "only 'none' is read")
+            + _NORMALISATIONS.get(str(name), f"only {' and '.join(_INPUT_SCALES)} are read")
         )
+    return _INPUT_SCALES[name]
 
 
 def _without_unused_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
