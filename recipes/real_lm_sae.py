@@ -5,7 +5,7 @@
 MODEL is an MLLM's folder (recipes/real_lm makes one around SmolLM2). Drawn scenes with their texts
 go through it once; every site's activations become a store in FOLDER, and an SAE (TopK, k 32, 16
 concepts a dimension, at most 2,000,000 tokens) is trained on each. A token whose norm is over ten
-times the median of its sequence is a sink: the store says so, and no training and no figure sees it.
+times the median of its sequence is a sink: the store says so, and no training or figure sees it.
 `--sink F` makes three more of every sequence: F times the median norm in three fixed dimensions of
 the first token and two of the content. `--keep-sinks` lets training and figures see all of them.
 """
