@@ -73,6 +73,9 @@ class BuildConfig(BaseModel):
     """How an adapter is trained through the selected patch; None for none."""
     adapter_from: str | None = None
     """An adapter to use instead of training one: a folder in peft's layout."""
+    method: str | None = None
+    """The id of the table's row to export instead of the one that held-out queries choose, or
+    concepts for the best that subtracts concepts."""
     codes: Literal["tokens", "pooled"] = "tokens"
     """What concepts are scored on: codes of tokens, pooled like the embedding (an SAE is trained on
     tokens), or codes of pooled vectors (what the paper scores)."""

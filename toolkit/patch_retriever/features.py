@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from patch_retriever.files import write_tensors
@@ -33,6 +35,23 @@ class Features:
     def reconstructed(self, sae: SparseAutoencoder) -> Tensor:
         """Pooled vectors as the SAE rebuilds them, (n, d): what it misses is what they lack."""
         return self.codes.matmul(sae.W_dec_cd) + sae.b_dec_d
+
+    def rows(self, rows_m: Tensor) -> Features:
+        """Those of some items, in the given order; without energies by role, which are of all."""
+        return Features(
+            self.pooled_nd[rows_m], self.mean_nd[rows_m], self.codes[rows_m], self.kinds_n[rows_m]
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """Several sets of items after each other; one set stays as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        pooled_nd, mean_nd, kinds_n = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("pooled_nd", "mean_nd", "kinds_n")
+        )
+        return cls(pooled_nd, mean_nd, Codes.stacked([part.codes for part in parts]), kinds_n)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patch_retriever.concepts.scores import ConceptTable
 from patch_retriever.features import Features
-from patch_retriever.patch.fit import fit_gate
+from patch_retriever.patch.fit import choose_gate
 from patch_retriever.patch.operators import Affine, By, Gate, Subtract
 from patch_retriever.sae.model import SparseAutoencoder
 
@@ -35,7 +35,8 @@ class Calibration:
 
     `sae` and `concepts` are of activations at the readout or, where there is one, at the `layer`.
     `query_items` and `document_items` are item numbers by role, `pairs` are (query, relevant
-    document) items by direction, each (n, 2).
+    document) items by direction, each (n, 2). `no_gate` says what the gate cannot tell apart, and
+    `sae_problem` why nothing may be made of the SAE's concepts; both are empty where all is well.
     """
 
     site: str
@@ -48,13 +49,23 @@ class Calibration:
     pairs: Mapping[str, Tensor]
     seed: int
     layer: Layer | None = None
+    no_gate: str = ""
+    sae_problem: str = ""
 
     def without(self, subtract: Subtract) -> Calibration:
         """The same items by the model without what is subtracted at the layer."""
         assert self.layer is not None
         features = self.layer.patched({self.layer.site: subtract})
-        gate = None if self.gate is None else fit_gate(features.mean_nd, features.kinds_n)
-        return replace(self, features=features, gate=gate)
+        gate, note = self.gate, self.no_gate
+        if gate is not None:
+            choice = choose_gate((features.mean_nd, features.kinds_n), self.asked)
+            gate, note = choice.gate, choice.note
+        return replace(self, features=features, gate=gate, no_gate=note)
+
+    @property
+    def asked(self) -> set[int]:
+        """The kinds of the items that tasks hold."""
+        return set(self.kinds_n[torch.cat([self.query_items, self.document_items])].tolist())
 
     @cached_property
     def cache(self) -> dict[Any, Any]:
@@ -102,14 +113,17 @@ class Calibration:
         return codes_nc - self._kind_means(codes_nc)
 
     def vectors_after(self, maps: tuple[Affine, ...], subtract: Subtract | None) -> Tensor:
-        """Calibration vectors as they are after `subtract` and `maps`, by their true kinds."""
+        """Calibration vectors as they are after `subtract` and `maps`, by their true kinds (images
+        for items with both that the gate does not tell from these)."""
         x_nd = self.features.pooled_nd
         if subtract is not None:
             x_nd = subtract.on_pooled(x_nd, self.features.codes)
         for step in maps:
             out_nd = torch.empty(len(x_nd), step.bias_ge.shape[1])
             for kind in range(3):
-                rows, g = self.kinds_n == kind, step.group(1, kind)
+                both_as_image = self.gate is not None and not self.gate.tells_both
+                g = step.group(1, min(kind, 1) if both_as_image else kind)
+                rows = self.kinds_n == kind
                 out_nd[rows] = x_nd[rows] @ step.weight_gde[g] + step.bias_ge[g]
             x_nd = out_nd
         return x_nd

@@ -1,29 +1,39 @@
-"""The stage that chooses every method's setting, and the method, on validation."""
+"""The stage that chooses every method's setting, and the method, on held-out queries."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 import patch_retriever
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import TABLE
 from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.data import Data
+from patch_retriever.features import Features
 from patch_retriever.files import write_json
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration, Layer
-from patch_retriever.patch.fit import fit_gate
+from patch_retriever.patch.fit import choose_gate
 from patch_retriever.patch.methods import Method
+from patch_retriever.patch.methods.method import Setting
+from patch_retriever.patch.operators import Subtract
 from patch_retriever.progress import Progress
-from patch_retriever.retrieval.evaluate import evaluate
+from patch_retriever.retrieval.collection import Collection
+from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.sae.quality import problem
+from patch_retriever.stages.choice import Candidate, choose
 from patch_retriever.stages.features import SavedFeatures
+from patch_retriever.stages.trials import Trial, items_and_pairs
+
+NO_CONCEPT = "no concept is selected in any setting"
 
 
 def load_calibration(
@@ -34,80 +44,167 @@ def load_calibration(
     concepts: Path,
     seed: int,
     layer: str | None = None,
+    splits: Sequence[str] = ("calibration",),
 ) -> Calibration:
-    """What the methods learn from, and a gate where it holds on validation too; `layer` is where
-    the SAE's activations are from, if not from the readout."""
-    found, held_out = (features(split, {}) for split in ("calibration", "validation"))
-    gate = fit_gate(found.mean_nd, found.kinds_n)
-    if gate is not None and not bool((gate.kinds(held_out.mean_nd) == held_out.kinds_n).all()):
-        gate = None
-    collection = data.splits["calibration"]
-    queries = sorted({i for task in collection.tasks for i in task.queries})
-    documents = sorted({i for task in collection.tasks for i in task.documents})
-    directions = dict.fromkeys(task.direction for task in collection.tasks)
-    return Calibration(
-        readout.site,
-        found,
-        load_sae(sae_folder),
-        ConceptTable.load(concepts / TABLE),
-        gate,
-        torch.tensor(queries),
-        torch.tensor(documents),
-        {direction: torch.from_numpy(collection.pairs((direction,))) for direction in directions},
-        seed,
-        None if layer is None else Layer(layer, partial(features, "calibration")),
+    """What the methods learn from: the items of `splits`, with the finest gate that holds on
+    calibration and validation. `layer` is where the SAE's activations are from, if not from the
+    readout."""
+    found = Features.joined([features(split, {}) for split in splits])
+    fitted_on, held_out = (features(split, {}) for split in ("calibration", "validation"))
+    collection = Collection.joined([data.splits[split] for split in splits])
+    kinds = collection.kinds()
+    asked = {int(kinds[i]) for t in collection.tasks for i in (*t.queries, *t.documents)}
+    choice = choose_gate(
+        (fitted_on.mean_nd, fitted_on.kinds_n), asked, (held_out.mean_nd, held_out.kinds_n)
     )
+
+    def patched(layers: Mapping[str, Subtract]) -> Features:
+        return Features.joined([features(split, layers) for split in splits])
+
+    metrics = json.loads((sae_folder / "cfg.json").read_text())["metadata"].get("metrics", {})
+    return Calibration(
+        site=readout.site,
+        features=found,
+        sae=load_sae(sae_folder),
+        concepts=ConceptTable.load(concepts / TABLE),
+        gate=choice.gate,
+        seed=seed,
+        layer=None if layer is None else Layer(layer, patched),
+        no_gate=choice.note,
+        sae_problem=problem(metrics) or "",
+        **items_and_pairs(collection),
+    )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting of a method: its outcome on held-out queries, how many concepts its patch
+    subtracts and how many operators it has, and how a control's concepts match."""
+
+    setting: Setting
+    outcome: Outcome
+    concepts: int
+    operators: int
+    match: dict[str, float] | None
+
+    @classmethod
+    def of(cls, setting: Setting, patches: Sequence[Patch], outcome: Outcome) -> Tried:
+        """From the patches of the setting (several draws of a control)."""
+        first = patches[0]
+        matches = [patch.about["match"] for patch in patches if "match" in patch.about]
+        match = None
+        if matches:
+            match = {
+                "overlap": max(one["overlap"] for one in matches),
+                "energy_ratio": sum(one["energy_ratio"] for one in matches) / len(matches),
+            }
+        operators = len(first.subtractions) + len(first.maps)
+        return cls(setting, outcome, len(first.strengths), operators, match)
+
+    def to_json(self) -> dict[str, Any]:
+        """As an entry of `tried` in `selection.json`."""
+        values = {
+            "setting": self.setting,
+            "validation_score": self.outcome.score,
+            "concepts": self.concepts,
+        }
+        return values if self.match is None else {**values, "match": self.match}
 
 
 def select(
     calibration: Calibration,
-    data: Data,
-    features: SavedFeatures,
+    held_out: Sequence[Trial],
     readout: Readout,
     folder: Path,
     progress: Progress,
     found: Sequence[Method],
 ) -> None:
-    """Each of `found`'s best setting on validation, and the best method of all.
+    """Each of `found`'s best setting on held-out queries, and the method that is exported.
 
-    Writes `selection.json` and the best method's patch, with its reasons, under `patch/`. A setting
-    that selects no concept is not tried; a method without any other is named under `left_out`.
+    Writes `selection.json` and the chosen method's patch, with its reasons, under `patch/`. A
+    setting that selects no concept is not tried; a method without any other is named under
+    `left_out`, as is one that cannot be made here.
     """
-    held_out, collection = features.of("validation"), data.splits["validation"]
     choices: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    best_patch, best_score = None, -1.0
-    for method in progress(found, len(found)):
-        scored = []
-        for setting in method.grid:
-            patches = method.make(**setting)
-            if not patches:
-                continue
-            scored.append((evaluate(patches, held_out, collection).score, setting))
-            if not method.control and scored[-1][0] > best_score:
-                (best_patch,), best_score, chosen = patches, scored[-1][0], len(choices)
-        if not scored:
-            left_out.append(method.name)
+    left_out: list[dict[str, str]] = []
+    candidates: list[Candidate] = []
+    for number, method in enumerate(progress(found, len(found))):
+        tried = [] if method.left_out else list(_tried(number, method, held_out))
+        if not tried:
+            why = method.left_out or NO_CONCEPT
+            left_out.append({"id": method.id, "title": method.title, "why": why})
             continue
-        top, setting = max(scored, key=lambda pair: pair[0])
+        top = max(tried, key=lambda one: one.outcome.score)
         choices.append(
             {
-                "method": method.name,
+                "id": method.id,
+                "method": method.title,
                 "needs": method.needs,
-                "control": method.control,
-                "setting": setting,
-                "validation_score": top,
-                "tried": [{"setting": s, "validation_score": v} for v, s in scored],
+                "control": method.control_of is not None,
+                "control_of": method.control_of,
+                "setting": top.setting,
+                "validation_score": top.outcome.score,
+                "tried": [one.to_json() for one in tried],
             }
         )
-    assert best_patch is not None
-    exported = choices[chosen]["method"]
+        if method.control_of is None:
+            candidates.append(
+                Candidate(method.id, method.title, method.needs, top.operators, top.outcome)
+            )
+    choice = choose(candidates, candidates[0].id, calibration.seed)
+    chosen = next(one for one in choices if one["id"] == choice.id)
+    gate = calibration.gate
+    notes = [f"the gate: {calibration.no_gate}"] if calibration.no_gate else []
+    if gate is not None and gate.error > 0:
+        notes.append(f"the gate takes up to {100 * gate.error:.1f}% of a kind's items for another")
     write_json(
         folder / "selection.json",
-        {"exported": exported, "methods": choices, "left_out": left_out},
+        {
+            "exported": chosen["method"],
+            "exported_id": choice.id,
+            "choice": {**choice.to_json(), "folds": len(held_out)},
+            "gate": None if gate is None else {"margin": gate.margin, "error": gate.error},
+            "notes": notes,
+            "methods": choices,
+            "left_out": left_out,
+        },
     )
-    about = _provenance(best_patch, calibration, readout, choices[chosen])
-    replace(best_patch, about=about).save(folder / "patch")
+    method = next(one for one in found if one.id == choice.id)
+    save_patch(method, chosen, calibration, readout, folder / "patch")
+
+
+def _tried(number: int, method: Method, held_out: Sequence[Trial]) -> Iterator[Tried]:
+    """Every setting of the method (the `number`-th of each trial) that selects something."""
+    for setting in method.grid:
+        patches = method.make(**setting)
+        if not patches:
+            continue
+        total: dict[str, list[NDArray[np.float64]]] = {}
+        for trial in held_out:
+            twin = trial.methods[number]
+            made = patches if twin is method else twin.make(**setting)
+            # of fewer items it may select nothing: it is no change there
+            made = made or [replace(patches[0], subtract=None, maps=(), layers={})]
+            outcome = evaluate(made, trial.features, trial.collection)
+            for task, hits in outcome.hits_by_task.items():
+                total.setdefault(task, []).append(hits)
+        joined = Outcome({task: np.concatenate(hits) for task, hits in total.items()})
+        yield Tried.of(setting, patches, joined)
+
+
+def save_patch(
+    method: Method,
+    choice: dict[str, Any],
+    calibration: Calibration,
+    readout: Readout,
+    folder: Path,
+    **about: Any,
+) -> None:
+    """A method's patch in the setting of `choice` (an entry of `methods` in `selection.json`), with
+    where it comes from and what else there is to say `about` it."""
+    (patch,) = method.make(**choice["setting"])
+    values = {**_provenance(patch, calibration, readout, choice), **about}
+    replace(patch, about=values).save(folder)
 
 
 def _provenance(
@@ -122,6 +219,7 @@ def _provenance(
     return {
         "made_by": f"patch-retriever {patch_retriever.__version__}",
         "readout": readout.to_json(),
+        "id": choice["id"],
         "method": choice["method"],
         "needs": choice["needs"],
         "setting": choice["setting"],

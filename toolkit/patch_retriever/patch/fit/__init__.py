@@ -7,7 +7,7 @@ pairs take `groups`, too: the item numbers of each group that the operator tells
 
 from patch_retriever.patch.fit.alignment import cca, procrustes, ridge
 from patch_retriever.patch.fit.erasure import leace, remove_subspace
-from patch_retriever.patch.fit.gate import fit_gate
+from patch_retriever.patch.fit.gate import GateChoice, choose_gate, fit_gate
 from patch_retriever.patch.fit.geometry import (
     all_but_the_top,
     centre,
@@ -19,9 +19,11 @@ from patch_retriever.patch.fit.geometry import (
 )
 
 __all__ = [
+    "GateChoice",
     "all_but_the_top",
     "cca",
     "centre",
+    "choose_gate",
     "fit_gate",
     "leace",
     "pca_whiten",
