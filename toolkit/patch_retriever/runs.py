@@ -17,7 +17,7 @@ from patch_retriever.progress import Say, silent
 MARKER = "patch-retriever.json"
 """The file that says that a folder was made by `build`; it holds the resolved settings."""
 DONE = "done.json"
-_FORMAT = 5
+_FORMAT = 4
 """Raised when a stage's files change meaning, so that old results are built again."""
 
 

@@ -60,8 +60,9 @@ AXES = (
 def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
     """What was tried on validation as curves (`methods` as in selection.json).
 
-    Every selection of concepts has a figure with its own controls; methods with another setting share a figure for each setting. A point is the best over the other
-    settings, as validation chooses.
+    Every selection of concepts has a figure with its own controls; methods with another setting
+    share a figure for each setting. A point is the best over the other settings, as validation
+    chooses.
     """
     base = 100 * next(m["validation_score"] for m in methods if m["id"] == BASE)
     curves = [(method, axis, _curve(method, axis)) for method in methods if (axis := _axis(method))]

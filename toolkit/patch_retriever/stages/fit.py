@@ -138,12 +138,12 @@ def fit(
         concepts,
         config.seed,
         config.patch_at,
-        fitted_splits(data),
+        fitted_splits(data, config.folds),
     )
     found = tuple(methods(calibration))
 
     def choose(folder: Path) -> None:
-        held_out = trials(calibration, found, data, patched.of_all, methods)
+        held_out = trials(calibration, found, data, patched.of_all, methods, config.folds)
         select(calibration, held_out, readout, folder, progress, found)
 
     selected = stage(
@@ -151,5 +151,7 @@ def fit(
         choose,
         f"score{end}",
         *([] if config.patch_at is None else [f"unpatched{end}"]),
+        folds=len(fitted_splits(data, config.folds)) > 1 and config.folds,
+        rules=2,  # raised when choices are made by others, so that they are made again
     )
     return Fit(weights, patched, concepts, calibration, found, selected, f"select{end}")

@@ -130,11 +130,13 @@ def select(
     candidates: list[Candidate] = []
     for number, method in enumerate(progress(found, len(found))):
         tried = [] if method.left_out else list(_tried(number, method, held_out))
-        if not tried:
+        # of all items it may select nothing where it did of some
+        tops = sorted(tried, key=lambda one: -one.outcome.score)
+        top = next((one for one in tops if method.make(**one.setting)), None)
+        if top is None:
             why = method.left_out or NO_CONCEPT
             left_out.append({"id": method.id, "title": method.title, "why": why})
             continue
-        top = max(tried, key=lambda one: one.outcome.score)
         choices.append(
             {
                 "id": method.id,
@@ -176,20 +178,18 @@ def select(
 def _tried(number: int, method: Method, held_out: Sequence[Trial]) -> Iterator[Tried]:
     """Every setting of the method (the `number`-th of each trial) that selects something."""
     for setting in method.grid:
-        patches = method.make(**setting)
-        if not patches:
+        made = [trial.methods[number].make(**setting) for trial in held_out]
+        some = next((patches for patches in made if patches), None)
+        if some is None:
             continue
+        nothing = [replace(some[0], subtract=None, maps=(), layers={})]
         total: dict[str, list[NDArray[np.float64]]] = {}
-        for trial in held_out:
-            twin = trial.methods[number]
-            made = patches if twin is method else twin.make(**setting)
-            # of fewer items it may select nothing: it is no change there
-            made = made or [replace(patches[0], subtract=None, maps=(), layers={})]
-            outcome = evaluate(made, trial.features, trial.collection)
+        for trial, patches in zip(held_out, made, strict=True):
+            outcome = evaluate(patches or nothing, trial.features, trial.collection)
             for task, hits in outcome.hits_by_task.items():
                 total.setdefault(task, []).append(hits)
         joined = Outcome({task: np.concatenate(hits) for task, hits in total.items()})
-        yield Tried.of(setting, patches, joined)
+        yield Tried.of(setting, some, joined)
 
 
 def save_patch(

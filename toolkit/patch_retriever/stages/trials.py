@@ -24,7 +24,6 @@ from patch_retriever.retrieval.collection import Collection
 
 SMALL = 1000
 """Queries on validation below which choices are made by cross-validation."""
-FOLDS = 5
 SHARED = -1
 """The fold of items that belong to every fold: texts of pictures in several."""
 
@@ -39,14 +38,12 @@ class Trial:
     collection: Collection
 
 
-def is_small(data: Data) -> bool:
-    """Whether validation has so few queries that choices are made by cross-validation."""
-    return sum(len(task.queries) for task in data.splits["validation"].tasks) < SMALL
-
-
-def fitted_splits(data: Data) -> tuple[str, ...]:
-    """The splits that the exported patch and all rows of the table are fitted on."""
-    return ("calibration", "validation") if is_small(data) else ("calibration",)
+def fitted_splits(data: Data, n_folds: int) -> tuple[str, ...]:
+    """The splits that the exported patch and all rows of the table are fitted on: calibration, and
+    validation where that is so small that choices are made by cross-validation."""
+    queries = sum(len(task.queries) for task in data.splits["validation"].tasks)
+    cross_validated = queries < SMALL and n_folds > 1
+    return ("calibration", "validation") if cross_validated else ("calibration",)
 
 
 def trials(
@@ -55,19 +52,20 @@ def trials(
     data: Data,
     features: Callable[[Sequence[str], Patch], Features],
     methods: Callable[[Calibration], Iterator[Method]],
+    n_folds: int,
 ) -> list[Trial]:
     """One trial on validation of what was fitted on calibration, or one for every fold.
 
-    `found` are the methods fitted on `calibration`, which is of `fitted_splits(data)`; `features`
+    `found` are the methods fitted on `calibration`, which is of `fitted_splits`; `features`
     gives those of some splits for a patch.
     """
-    splits = fitted_splits(data)
+    splits = fitted_splits(data, n_folds)
     if len(splits) == 1:
         validation = ("validation",)
         held_out = data.splits["validation"]
         return [Trial(found, lambda patch: features(validation, patch), held_out)]
     collection = Collection.joined([data.splits[split] for split in splits])
-    fold_n = folds(collection, FOLDS, calibration.seed)
+    fold_n = folds(collection, n_folds, calibration.seed)
 
     def trial(fold: int) -> Trial:
         fit_m, held_m = (
@@ -82,7 +80,7 @@ def trials(
             collection.subset(held_m.tolist(), asking),
         )
 
-    made = [trial(fold) for fold in range(FOLDS)]
+    made = [trial(fold) for fold in range(n_folds)]
     return [one for one in made if one.collection.tasks]
 
 

@@ -46,17 +46,19 @@ def choose_gate(
         worst = {k: max(one.get(k, (0.0, True))[0] for one in wrong) for k in told}
         held = all(one[k][1] for one in wrong for k in told if k in one)
         worst_kind = max(worst, key=lambda k: worst[k])
-        said = "" if held else f"{100 * worst[worst_kind]:.1f}% of {_NAMES[worst_kind]} wrong"
+        said = (
+            "" if held else f"{100 * worst[worst_kind]:.1f}% of {_NAMES[worst_kind]} go another way"
+        )
         return replace(gate, error=worst[worst_kind]), said
 
     every_n = torch.ones_like(kinds_n, dtype=torch.bool)
     gate, failed = tried((TEXT, IMAGE, BOTH), every_n, True)
     if not failed:
         return GateChoice(gate, "")
-    at_most = f"of which {100 * TOLERATED:g}% is tolerated"
+    at_most = f"{100 * TOLERATED:g}% is tolerated"
     note = (
-        f"images cannot be told from items with image and text ({failed}, {at_most}): "
-        "these use the statistics of images"
+        f"items with image and text cannot be told from others ({failed}, {at_most}), so they use "
+        "the statistics of images"
     )
     gate, failed = tried(sorted(asked), every_n, False)
     if failed and BOTH not in asked:
