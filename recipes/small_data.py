@@ -1,7 +1,7 @@
 """What a choice costs with few pairs: 100 of the built-in world, split anew for every seed.
 
-A large pool of pairs (a scene and its full caption, other scenes than the build's calibration) goes
-through the model once. For every seed 100 of them are split as `build` splits pairs; the methods
+A large pool of pairs (a scene and a caption in the style of the web, other scenes than the build's
+calibration) goes through the model once. For every seed 100 of them are split as `build` splits pairs; the methods
 are fitted and one is chosen as before (best score on validation, fitted on calibration) and as now
 (`stages/trials.py`, `stages/choice.py`). Both are judged on the test pairs and on all pairs of the
 pool that neither fit nor choice saw: regret is the best row's score there less the chosen one's,
@@ -55,10 +55,10 @@ class Pool:
         config = BuildConfig.read(build / MARKER)
         self.readout, self.sae = load_readout(self.run / "readout"), load_sae(self.run / "sae")
         world = scenes_collection("test", n, 0)
-        (task,) = (task for task in world.tasks if task.name == "t->i full")
+        (task,) = (task for task in world.tasks if task.name == "t->i web")
         self.pairs = []
-        for query, relevant in zip(task.queries, task.relevant, strict=True):
-            text, shown = world.items[query].text, world.items[task.documents[relevant[0]]].picture
+        for query, document in zip(task.queries, task.documents, strict=False):
+            text, shown = world.items[query].text, world.items[document].picture
             assert text is not None and shown is not None
             self.pairs.append(Pair(shown, text, shown.content_hash()))
         everything = pairs_collection("pool", self.pairs)
