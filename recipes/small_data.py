@@ -1,11 +1,12 @@
 """What a choice costs with few pairs: 100 of the built-in world, split anew for every seed.
 
 A large pool of pairs (a scene and a caption in the style of the web, other scenes than the build's
-calibration) goes through the model once. For every seed 100 of them are split as `build` splits pairs; the methods
-are fitted and one is chosen as before (best score on validation, fitted on calibration) and as now
-(`stages/trials.py`, `stages/choice.py`). Both are judged on the test pairs and on all pairs of the
-pool that neither fit nor choice saw: regret is the best row's score there less the chosen one's,
-in points, each way among the rows fitted its own way. The readout and the SAE are the build's.
+calibration) goes through the model once. For every seed 100 of them are split as `build` splits
+pairs; the methods are fitted and one is chosen as before (best score on validation, fitted on
+calibration) and as now (`stages/trials.py`, `stages/choice.py`). Both are judged on the test pairs
+and on all pairs of the pool that neither fit nor choice saw: regret is the best row's score there
+less the chosen one's, in points, each way among the rows fitted its own way. The readout and the
+SAE are the build's.
 
     patch-retriever build -o demo
     python recipes/small_data.py --build demo --work /tmp/small --out docs/small-data.md
