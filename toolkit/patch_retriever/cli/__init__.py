@@ -56,7 +56,7 @@ def main() -> None:
     patch-retriever build -o demo                     the built-in model and world
     patch-retriever build Qwen/Qwen2-VL-2B-Instruct --pairs photos.jsonl -o my-retriever
     patch-retriever adapt my-retriever                train an adapter through its patch
-    patch-retriever export demo --method cca -o other another row of the table
+    patch-retriever export demo --method cca -o cca   another row of the table
     patch-retriever info my-retriever                 what was done, and the table
     patch-retriever concepts my-retriever             scores of every concept
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
