@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data, scenes_data
 from patch_retriever.features import Features
 from patch_retriever.patch.artefact import Patch
@@ -206,3 +207,11 @@ def test_the_built_in_world_parts_into_folds_by_picture():
     by_fold = [pictures(joined, np.flatnonzero(fold_n == fold)) for fold in range(5)]
     assert all(by_fold)
     assert sum(map(len, by_fold)) == len(set.union(*by_fold))
+
+
+def test_with_an_adapter_validation_alone_decides():
+    """It was trained on calibration, which is no test of it."""
+    config = BuildConfig.read(None)
+    assert config.folds_of_choice == config.folds == 5
+    assert BuildConfig.read(None, adapter={"method": "lora"}).folds_of_choice == 1
+    assert BuildConfig.read(None, adapter_from="there").folds_of_choice == 1

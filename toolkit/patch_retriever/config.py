@@ -89,6 +89,12 @@ class BuildConfig(BaseModel):
         return self.adapter is not None or self.adapter_from is not None
 
     @property
+    def folds_of_choice(self) -> int:
+        """Folds by which methods are chosen: one, validation, for an adapter, since it was trained
+        on the calibration pairs, and for what is compared with it."""
+        return 1 if self.with_adapter else self.folds
+
+    @property
     def adapter_settings(self) -> AdapterSettings:
         """How an adapter is trained and exported."""
         return self.adapter or AdapterSettings()

@@ -130,20 +130,15 @@ def fit(
         f"features{end}",
         codes=config.codes,
     )
+    folds = config.folds_of_choice
+    on = fitted_splits(data, folds)
     calibration = load_calibration(
-        readout,
-        data,
-        patched,
-        sae,
-        concepts,
-        config.seed,
-        config.patch_at,
-        fitted_splits(data, config.folds),
+        readout, data, patched, sae, concepts, config.seed, config.patch_at, on
     )
     found = tuple(methods(calibration))
 
     def choose(folder: Path) -> None:
-        held_out = trials(calibration, found, data, patched.of_all, methods, config.folds)
+        held_out = trials(calibration, found, data, patched.of_all, methods, folds)
         select(calibration, held_out, readout, folder, progress, found)
 
     selected = stage(
@@ -151,7 +146,7 @@ def fit(
         choose,
         f"score{end}",
         *([] if config.patch_at is None else [f"unpatched{end}"]),
-        folds=len(fitted_splits(data, config.folds)) > 1 and config.folds,
+        folds=folds if len(on) > 1 else 1,
         rules=2,  # raised when choices are made by others, so that they are made again
     )
     return Fit(weights, patched, concepts, calibration, found, selected, f"select{end}")
