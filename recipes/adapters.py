@@ -138,9 +138,9 @@ class Seed:
             self.readout, self.data, saved, self.run / "sae", folder, self.seed
         )
         tried = [
-            (patch, method.name)
+            (patch, method.id)
             for method in methods(calibration)
-            if not method.control and method.name != "best pair of methods"
+            if method.control_of is None and not method.left_out and method.id != "pair"
             for setting in method.grid
             for patch in method.make(**setting)
         ]

@@ -28,12 +28,10 @@ def summary(reports: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for first in reports[0]["rows"]:
-        rows = [
-            row for report in reports for row in report["rows"] if row["method"] == first["method"]
-        ]
+        rows = [row for report in reports for row in report["rows"] if row["id"] == first["id"]]
         above = sum(row["score_minus_base"]["low"] > 0 for row in rows)
         below = sum(row["score_minus_base"]["high"] < 0 for row in rows)
-        exported = sum(report["exported"] == first["method"] for report in reports)
+        exported = sum(report["exported_id"] == first["id"] for report in reports)
         cells = [
             first["method"],
             first["needs"],

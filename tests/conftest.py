@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fresh import Fresh
 
 SMALL_SCENES = {"calibration": 24, "validation": 20, "test": 24}
-SMALL_SAE = {"expansion": 4, "k": 8, "steps": 40, "batch_size": 256}
+SMALL_SAE = {"expansion": 4, "k": 8, "steps": 120, "batch_size": 256}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -183,7 +183,7 @@ def finished_build(random_model: Path, tmp_path_factory: pytest.TempPathFactory)
     from patch_retriever import build_retriever
 
     out = tmp_path_factory.mktemp("build") / "out"
-    build_retriever(out, model=str(random_model), scenes=SMALL_SCENES, sae=SMALL_SAE)
+    build_retriever(out, model=str(random_model), scenes=SMALL_SCENES, sae=SMALL_SAE, folds=1)
     return out
 
 

@@ -32,13 +32,16 @@ STAGES = (
     "score",
     "select",
     "export",
+    "test",
     "evaluate",
     "report",
 )
 
 
 def small_build(out: Path, model: Path, **more):
-    return build_retriever(out, model=str(model), scenes=SMALL_SCENES, sae=SMALL_SAE, **more)
+    return build_retriever(
+        out, model=str(model), scenes=SMALL_SCENES, sae=SMALL_SAE, folds=1, **more
+    )
 
 
 def patch_bytes(out: Path) -> tuple[bytes, bytes]:
@@ -92,12 +95,19 @@ def test_table_has_every_group_task_and_control(finished_build):
     assert {"i->t", "i->i", "it->t", "it->i", "it->it"} <= set(tasks)
 
 
-def test_exported_choice_is_the_best_on_validation_and_no_control(finished_build):
+def test_what_is_exported_is_no_control_and_the_best_one_is_named_beside_it(finished_build):
     selection = json.loads((finished_build / "report/selection.json").read_text())
-    allowed = [m for m in selection["methods"] if not m["control"]]
+    allowed = [m for m in selection["methods"] if not m["control_of"]]
     best = max(allowed, key=lambda m: m["validation_score"])
-    exported = next(m for m in allowed if m["method"] == selection["exported"])
-    assert exported["validation_score"] == best["validation_score"]
+    exported = next(m for m in allowed if m["id"] == selection["exported_id"])
+    assert exported["method"] == selection["exported"]
+    choice = selection["choice"]
+    assert choice["best"] == best["id"]
+    table = (finished_build / "report/table.txt").read_text()
+    assert f"> {exported['method']}" in table and choice["reason"] in table
+    assert "expected regret of the choice on validation" in table
+    if choice["best_minus_base"]["low"] <= 0:
+        assert exported["id"] == "base"
     for method in selection["methods"]:
         tried = [t["validation_score"] for t in method["tried"]]
         assert method["validation_score"] == max(tried)
@@ -246,7 +256,7 @@ build_retriever(sys.argv[1], model=sys.argv[2], **json.loads(sys.argv[3]))
 
 
 def start_build(out: Path, model: Path, **settings: object) -> subprocess.Popen[str]:
-    settings = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, **settings}
+    settings = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "folds": 1, **settings}
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(out), str(model), json.dumps(settings)],
         stderr=subprocess.PIPE,

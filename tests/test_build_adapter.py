@@ -27,7 +27,7 @@ from patch_retriever.runs import MARKER
 from patch_retriever.scenes.tasks import scenes_collection
 from patch_retriever.stages.fit import Fit
 
-SETTINGS = {"scenes": SMALL_SCENES, "sae": SMALL_SAE}
+SETTINGS = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "folds": 1}
 ADAPTER = {
     "rank": 4, "steps": 4, "lr": 1e-2, "warmup": 1, "batch_size": 6, "hard_negatives": 1,
     "validate_every": 2, "captions": 2,

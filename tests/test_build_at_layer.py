@@ -22,7 +22,7 @@ from patch_retriever.stages import features as stage
 from patch_retriever.stages import selection
 
 SITE = "layers.0"
-SETTINGS = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "patch_at": SITE}
+SETTINGS = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "folds": 1, "patch_at": SITE}
 REMOVED = "removed by discriminative attribution, centred, at layers.0"
 
 

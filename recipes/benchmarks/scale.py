@@ -321,9 +321,11 @@ def select_methods(size: Size, folder: Path) -> None:
     from patch_retriever.backbones.readout import PAPER_READOUT
     from patch_retriever.progress import no_progress
     from patch_retriever.stages.selection import select
+    from patch_retriever.stages.trials import Trial
 
     calibration, data, saved, every = fitted(size, folder)
-    select(calibration, data, saved, PAPER_READOUT, folder / "select", no_progress, every)
+    trial = Trial(tuple(every), saved.of("validation"), data.splits["validation"])
+    select(calibration, [trial], PAPER_READOUT, folder / "select", no_progress, every)
 
 
 def evaluate_methods(size: Size, folder: Path) -> None:
@@ -333,7 +335,7 @@ def evaluate_methods(size: Size, folder: Path) -> None:
     _, data, saved, every = fitted(size, folder)
     found = saved("test", {})
     for method in every:
-        if patches := method.make(**method.grid[0]):
+        if not method.left_out and (patches := method.make(**method.grid[0])):
             evaluate(patches, found, data.splits["test"])
 
 

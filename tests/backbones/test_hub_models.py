@@ -204,7 +204,9 @@ def built_until_readout(monkeypatch, out, **settings):
 
     monkeypatch.setattr(Run, "stage", stage)
     with pytest.raises(Stop):
-        build_retriever(out, model="org/model", scenes=SMALL_SCENES, sae=SMALL_SAE, **settings)
+        build_retriever(
+            out, model="org/model", scenes=SMALL_SCENES, sae=SMALL_SAE, folds=1, **settings
+        )
     return seen["model"], BuildConfig(**json.loads((out / MARKER).read_text()))
 
 

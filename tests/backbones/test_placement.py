@@ -104,7 +104,7 @@ def test_auto_on_one_device_is_that_device(random_model):
 def test_a_build_with_layers_on_the_disk_gives_the_same(finished_build, random_model, tmp_path):
     config = json.loads((finished_build / "patch-retriever.json").read_text())
     device_map = on_disk(load_backbone(str(random_model)))
-    settings = {"model": str(random_model), "scenes": SMALL_SCENES, "sae": SMALL_SAE}
+    settings = {"model": str(random_model), "scenes": SMALL_SCENES, "sae": SMALL_SAE, "folds": 1}
     assert config["device_map"] is None
     made = build_retriever(tmp_path / "out", device_map=device_map, **settings)
     assert made.table == (finished_build / "report" / "table.txt").read_text().rstrip()

@@ -44,6 +44,7 @@ def test_the_commands_are_those_of_the_docs():
         "encode",
         "evaluate",
         "explain",
+        "export",
         "index",
         "index-migrate",
         "index-remove",

@@ -22,18 +22,24 @@ def tried(**scores: float):
     return found
 
 
-def method(name: str, control: bool = False, **scores: float):
+def method(name: str, control_of: str | None = None, **scores: float):
     every = tried(**scores)
     best = max(t["validation_score"] for t in every)
-    return {"method": name, "control": control, "tried": every, "validation_score": best}
+    return {
+        "id": name.lower().replace(" ", "-"),
+        "method": name,
+        "control_of": control_of,
+        "tried": every,
+        "validation_score": best,
+    }
 
 
 SELECTION = [
-    method("base, chosen readout", __=0.5),
+    method("base", __=0.5),
     method("ABTT", r_1=0.5, r_2=0.4, r_4=0.6),
     method("one value", r_1=0.1),
     method("by A", n_16__then_no=0.5, n_64__then_no=0.6, n_64__then_c=0.55, n_128__then_c=0.3),
-    method("random as A", True, n_16__then_no=0.4, n_64__then_no=0.45, n_128__then_c=0.2),
+    method("random as A", "by-a", n_16__then_no=0.4, n_64__then_no=0.45, n_128__then_c=0.2),
     method("by B", n_16__r_4=0.1, n_32__r_4=0.2, n_64__r_4=0.3, n_64__r_8=0.7),
     method("by modality", threshold_1__then_no=0.4, threshold_2__then_re__beta_1=0.6),
     method("pairs", first_x=0.9, beta_1=0.1, beta_2=0.2),
@@ -60,7 +66,7 @@ def test_every_removal_has_a_figure_with_its_own_control(drawn):
     (by_a, _), (by_b, _), (by_modality, _), (by_r, _) = calls
     assert by_a == [
         Series("these concepts", [16, 64, 128], pytest.approx([50, 60, 30])),
-        Series("random concepts", [16, 64, 128], pytest.approx([40, 45, 20]), control=True),
+        Series("random", [16, 64, 128], pytest.approx([40, 45, 20]), control=True),
     ]
     assert by_b == [Series("these concepts", [16, 32, 64], pytest.approx([10, 20, 70]))]
     assert by_modality == [Series("these concepts", [1, 2], pytest.approx([40, 60]))]

@@ -28,7 +28,7 @@ def report_again(build: Path, folder: Path, text: str = "") -> str:
     if text:
         data = replace(data, splits={s: with_text(c, text) for s, c in data.splits.items()})
     folder.mkdir(exist_ok=True)
-    write_report(load_backbone(config.model), data, config, build / "run", folder)
+    write_report(load_backbone(config.model), data, config, build / "run", folder, build / "patch")
     return (folder / REPORT).read_text(encoding="utf-8")
 
 

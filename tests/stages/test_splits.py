@@ -20,12 +20,13 @@ from patch_retriever.items import Item
 from patch_retriever.patch.methods import methods
 from patch_retriever.progress import no_progress
 from patch_retriever.runs import DONE
-from patch_retriever.stages.evaluation import evaluate_on_test
+from patch_retriever.stages.evaluation import evaluate_on_test, write_table
 from patch_retriever.stages.features import NO_CHANGE, SavedFeatures
 from patch_retriever.stages.fit import Fit
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.scoring import score
-from patch_retriever.stages.selection import load_calibration, select
+from patch_retriever.stages.selection import NO_CONCEPT, load_calibration, select
+from patch_retriever.stages.trials import fitted_splits, trials
 
 DATA = scenes_data(SMALL_SCENES, 0)
 POISONED_DATA = replace(
@@ -52,10 +53,17 @@ def scored_and_selected(run, model, features, data, out):
     transformer = load_backbone(str(model))
     score(transformer, data, readout, features, run / "sae", "tokens", out / "score")
     saved = SavedFeatures(features)
-    calibration = load_calibration(readout, data, saved, run / "sae", out / "score", 0)
-    found = list(methods(calibration))
-    select(calibration, data, saved, readout, out / "select", no_progress, found)
+    calibration = load_calibration(
+        readout, data, saved, run / "sae", out / "score", 0, None, fitted_splits(data, 1)
+    )
+    found = tuple(methods(calibration))
+    select_again(calibration, data, saved, readout, found, out / "select")
     return calibration
+
+
+def select_again(calibration, data, saved, readout, found, folder):
+    held_out = trials(calibration, found, data, saved.of_all, methods, 1)
+    select(calibration, held_out, readout, folder, no_progress, found)
 
 
 def contents(folder):
@@ -127,12 +135,14 @@ def test_a_method_that_selects_no_concept_is_named_as_left_out(
     flat = replace(concepts, modality=torch.full_like(concepts.modality, 0.5))
     calibration = replace(calibration, concepts=flat)
     found = tuple(methods(calibration))
-    select(calibration, DATA, saved, readout, tmp_path / "select", no_progress, found)
+    select_again(calibration, DATA, saved, readout, found, tmp_path / "select")
     selection = json.loads((tmp_path / "select/selection.json").read_text())
-    left_out = selection["left_out"]
+    every = selection["left_out"]
+    left_out = [one for one in every if one["why"] == NO_CONCEPT]
     assert len(left_out) == 8
-    assert all("text-dominant" in name or "unimodal" in name for name in left_out)
-    assert not {choice["method"] for choice in selection["methods"]} & set(left_out)
+    ids = {one["id"] for one in left_out}
+    assert all("text-dominant" in name or "unimodal" in name for name in ids)
+    assert not {choice["id"] for choice in selection["methods"]} & ids
 
     config = BuildConfig.read(None, model=str(random_model), scenes=SMALL_SCENES)
     made = Fit(NO_CHANGE, saved, run / "score", calibration, found, tmp_path / "select", "select")
@@ -141,12 +151,14 @@ def test_a_method_that_selects_no_concept_is_named_as_left_out(
         load_backbone(str(random_model)),
         DATA,
         config,
-        tmp_path / "evaluate",
+        tmp_path / "test",
         no_progress,
     )
+    write_table(tmp_path / "test", [made], made, made.choice["id"], 0, tmp_path / "evaluate")
     report = json.loads((tmp_path / "evaluate/table.json").read_text())
-    assert report["left_out"] == left_out
-    assert not {row["method"] for row in report["rows"]} & set(left_out)
+    assert report["left_out"] == every
+    assert not {row["id"] for row in report["rows"]} & ids
     for name in ("table.txt", "table.md"):
-        last = (tmp_path / "evaluate" / name).read_text().splitlines()[-1]
-        assert last.startswith("left out") and all(method in last for method in left_out)
+        lines = (tmp_path / "evaluate" / name).read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith(f"left out, {NO_CONCEPT}: "))
+        assert all(one["title"] in line for one in left_out)

@@ -185,7 +185,7 @@ def test_another_sae_in_the_same_folder_is_another_input(tmp_path):
 
 def test_a_build_uses_the_sae_that_was_given(random_model, tmp_path):
     save_sae(make_sae(32, 128, 6), tmp_path / "given")
-    settings = {"scenes": SMALL_SCENES, "sae": SMALL_SAE}
+    settings = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "folds": 1}
     (tmp_path / "settings.yaml").write_text(json.dumps(settings))  # JSON is YAML, too
     out = tmp_path / "out"
     command = ["build", random_model, "--sae", tmp_path / "given", "--config",

@@ -3,7 +3,7 @@
     pairs -> backbone -> collect -> train SAE -> score -> select -> export -> evaluate -> report
                                                             |  ^
                                                             v  |
-                                                          adapter (if asked for)
+                                                          adapter (if it is wanted)
 
 Every stage leaves a finished, hashed result in OUT/run and reads its inputs from there, so that a
 stopped build goes on where it stood and ends with the same bytes as an unbroken one.
@@ -36,6 +36,7 @@ from patch_retriever.data import (
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
 from patch_retriever.patch.methods import methods
+from patch_retriever.patch.methods.adapted import is_refit
 from patch_retriever.progress import Progress, Say, no_progress, silent
 from patch_retriever.publish import export, publish
 from patch_retriever.report.page import write_report
@@ -44,8 +45,9 @@ from patch_retriever.runs import MARKER, Run, check_out, is_ours
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.settings import MOST_TOKENS
 from patch_retriever.stages.adapter import fit_adapted
-from patch_retriever.stages.evaluation import evaluate_on_test
+from patch_retriever.stages.evaluation import evaluate_on_test, write_table
 from patch_retriever.stages.fit import best, fit
+from patch_retriever.stages.picking import pick
 from patch_retriever.stages.readout import choose_readout, load_readout
 from patch_retriever.stages.sae import check_width, learn_concepts
 
@@ -164,7 +166,19 @@ def build_retriever(
             fits.append(
                 fit_adapted(run, transformer, data, readout, sae, fits[0], config, say, progress)
             )
-        chosen = best(fits)
+        chosen = preferred = best(fits)
+        patch, stage, exported_id = chosen.selected / "patch", chosen.stage, chosen.choice["id"]
+        if config.method is not None:
+            picked = pick(fits, config.method)
+            chosen, stage, exported_id = picked.fit, "pick", picked.choice["id"]
+            instead_of = preferred.choice["method"]
+            folder = run.stage(
+                "pick",
+                lambda folder: picked.save(readout, instead_of, folder),
+                after=(chosen.stage, preferred.stage),
+                method=config.method,
+            )
+            patch = folder / "patch"
         separate = chosen is not fits[0] and not config.adapter_settings.merge
         with nullcontext() if separate else chosen.weights:
             exported = run.stage(
@@ -172,29 +186,36 @@ def build_retriever(
                 lambda folder: export(
                     transformer,
                     readout,
-                    chosen.selected,
+                    patch,
                     data,
                     folder,
                     run.folder / "adapter" if separate else None,
                 ),
-                after=(chosen.stage,),
+                after=(stage,),
                 **({"separate": True} if separate else {}),
             )
+        also = exported_id if is_refit(exported_id) else None
+        outcomes = run.stage(
+            "test",
+            lambda folder: evaluate_on_test(fits, whole, data, config, folder, progress, also),
+            after=tuple(one.stage for one in fits),
+            **({} if also is None else {"also": also}),
+        )
         evaluated = run.stage(
             "evaluate",
-            lambda folder: evaluate_on_test(fits, whole, data, config, folder, progress),
-            after=("export", *(one.stage for one in fits[1:])),
+            lambda folder: write_table(outcomes, fits, preferred, exported_id, config.seed, folder),
+            after=("test", "export"),
         )
         with chosen.weights:
             reported = run.stage(
                 "report",
                 lambda folder: write_report(
-                    transformer, data, config, run.folder, folder, chosen is not fits[0]
+                    transformer, data, config, run.folder, folder, patch, chosen is not fits[0]
                 ),
                 after=("evaluate",),
                 model=config.model,
             )
-        publish(out, chosen, store, exported, evaluated, readouts, reported, data, config)
+        publish(out, chosen, patch, store, exported, evaluated, readouts, reported, data, config)
     report = json.loads((evaluated / "table.json").read_text())
     return BuildResult(out, (evaluated / "table.txt").read_text().rstrip(), report)
 

@@ -67,6 +67,9 @@ class BuildConfig(BaseModel):
     attention: str | None = None
     """transformers' implementation: sdpa, eager, flash_attention_2; None for its choice."""
     batch_size: int = Field(default=64, ge=1)
+    folds: int = Field(default=5, ge=1)
+    """Of the cross-validation by which choices are made where validation has fewer than 1,000
+    queries; 1 for validation alone."""
     scenes: ScenesSettings = ScenesSettings()
     sae: SAESettings = SAESettings()
     sae_from: str | None = None
@@ -79,6 +82,9 @@ class BuildConfig(BaseModel):
     """How an adapter is trained through the selected patch; None for none."""
     adapter_from: str | None = None
     """An adapter to use instead of training one: a folder in peft's layout."""
+    method: str | None = None
+    """The id of the table's row to export instead of the one that held-out queries choose, or
+    concepts for the best that subtracts concepts."""
     codes: Literal["tokens", "pooled"] = "tokens"
     """What concepts are scored on: codes of tokens, pooled like the embedding (an SAE is trained on
     tokens), or codes of pooled vectors (what the paper scores)."""
@@ -87,6 +93,12 @@ class BuildConfig(BaseModel):
     def with_adapter(self) -> bool:
         """Whether an adapter is trained, or a given one taken."""
         return self.adapter is not None or self.adapter_from is not None
+
+    @property
+    def folds_of_choice(self) -> int:
+        """Folds by which methods are chosen: one, validation, for an adapter, since it was trained
+        on the calibration pairs, and for what is compared with it."""
+        return 1 if self.with_adapter else self.folds
 
     @property
     def adapter_settings(self) -> AdapterSettings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,15 +44,29 @@ class Features:
         first_nd, second_nd = self.pooled_nd.tensor_split([sae.d_in], dim=1)
         return torch.cat([sae.decode(self.codes, first_nd, self.scale_n), second_nd], dim=1)
 
-    def some(self, items_m: Tensor) -> Features:
-        """Those of some items alone."""
-        return replace(
-            self,
-            pooled_nd=self.pooled_nd[items_m],
-            mean_nd=self.mean_nd[items_m],
-            codes=self.codes[items_m],
-            kinds_n=self.kinds_n[items_m],
-            scale_n=None if self.scale_n is None else self.scale_n[items_m],
+    def rows(self, rows_m: Tensor) -> Features:
+        """Those of some items, in the given order; without energies by role, which are of all."""
+        return Features(
+            self.pooled_nd[rows_m],
+            self.mean_nd[rows_m],
+            self.codes[rows_m],
+            self.kinds_n[rows_m],
+            scale_n=None if self.scale_n is None else self.scale_n[rows_m],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """Several sets of items after each other; one set stays as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        pooled_nd, mean_nd, kinds_n = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("pooled_nd", "mean_nd", "kinds_n")
+        )
+        scales = [part.scale_n for part in parts if part.scale_n is not None]
+        codes = Codes.stacked([part.codes for part in parts])
+        return cls(
+            pooled_nd, mean_nd, codes, kinds_n, scale_n=torch.cat(scales) if scales else None
         )
 
     def save(self, path: Path) -> None:

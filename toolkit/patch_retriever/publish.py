@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 def export(
     transformer: Transformer,
     readout: Readout,
-    selected: Path,
+    patch: Path,
     data: Data,
     folder: Path,
     adapter: Path | None = None,
 ) -> None:
-    """Write the selected patch's model and check it in a fresh process; an `adapter` that is given
-    stays beside the weights.
+    """Write the model of the `patch` in a folder and check it in a fresh process; an `adapter` that
+    is given stays beside the weights.
 
     Raises:
         UserError: the export differs from the live model by more than 1e-5 (float32).
@@ -48,12 +48,13 @@ def export(
     golden = [
         i for kind in ("text", "image", "both") for i in [x for x in items if x.kind == kind][:3]
     ]
-    export_patch(transformer, readout, Patch.load(selected / "patch"), folder, golden, adapter)
+    export_patch(transformer, readout, Patch.load(patch), folder, golden, adapter)
 
 
 def publish(
     out: Path,
     chosen: Fit,
+    patch_folder: Path,
     store: Path,
     exported: Path,
     evaluated: Path,
@@ -67,7 +68,7 @@ def publish(
     (out / "modules.json").unlink(missing_ok=True)
     selected, concepts = chosen.selected, chosen.concepts
     sources = {p.relative_to(exported): p for p in exported.rglob("*") if p.is_file()}
-    sources |= {Path("patch", p.name): p for p in (selected / "patch").iterdir()}
+    sources |= {Path("patch", p.name): p for p in patch_folder.iterdir()}
     sources |= {Path("report", p.name): p for p in evaluated.iterdir()}
     for path in (selected / "selection.json", concepts / ABOUT, reported / REPORT):
         sources[Path("report", path.name)] = path
@@ -77,7 +78,7 @@ def publish(
     _remove_what_was_published(out, keep={str(name) for name in (*sources, table)})
     for name, path in sources.items():
         write(out / name, partial(link_or_copy, path))
-    patch = Patch.load(selected / "patch")
+    patch = Patch.load(patch_folder)
     add_selection(concepts / TABLE, patch.strengths, patch.why, out / table)
     card = _card(out.name, patch, store, exported, evaluated, readouts, data, config)
     write_text(out / "README.md", card)
@@ -140,6 +141,7 @@ def _card(
         exported=patch.about["method"],
         setting=setting_text(patch.about["setting"]),
         needs=patch.about["needs"],
+        picked_instead_of=patch.about.get("picked_instead_of", ""),
         operators=operators(patch),
         loading=loading(with_code, separate),
         sinks=sinks_text(Store(store)),

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import LOCK, file_hash, lock, value_hash, write_json
-from patch_retriever.progress import Say
+from patch_retriever.files import LOCK, file_hash, link_or_copy, lock, value_hash, write_json
+from patch_retriever.progress import Say, silent
 
 MARKER = "patch-retriever.json"
 """The file that says that a folder was made by `build`; it holds the resolved settings."""
@@ -87,6 +87,24 @@ def check_out(folder: Path) -> None:
     foreign = not is_ours(folder) and not started
     if folder.is_dir() and any(folder.iterdir()) and foreign:
         raise UserError(f"{folder}: not empty and not made by patch-retriever; name another folder")
+
+
+def share_stages(source: Path, target: Path) -> None:
+    """Give a new run the finished stages of another, as links where the disk allows: a stage is
+    never changed in place.
+
+    Raises:
+        UserError: another build works in one of them, or the target cannot be written.
+    """
+    with Run(source, silent), Run(target, silent):
+        for done in sorted(source.glob(f"*/{DONE}")):
+            if (target / done.parent.name).exists():
+                continue
+            files = (p for p in done.parent.rglob("*") if p.is_file() and p != done)
+            for path in (*files, done):  # what says that it is finished comes last
+                link = target / path.relative_to(source)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(path, link)
 
 
 class Run:

@@ -11,7 +11,7 @@ from patch_retriever.patch.export import export_modules
 from patch_retriever.patch.methods import methods
 
 CALIBRATION = make_calibration()
-METHODS = {method.name: method for method in methods(CALIBRATION)}
+METHODS = {method.id: method for method in methods(CALIBRATION)}
 
 
 def exported(patch, task):

@@ -13,7 +13,7 @@ from patch_retriever.patch.methods import methods
 
 CALIBRATION = make_calibration()
 CONCEPTS = CALIBRATION.concepts
-METHODS = {method.name: method for method in methods(CALIBRATION)}
+METHODS = {method.id: method for method in methods(CALIBRATION)}
 
 
 def selected(patch):
@@ -24,7 +24,7 @@ def selected(patch):
 
 
 def test_text_dominant_concepts_are_those_above_the_threshold():
-    made = every_patch(METHODS["text-dominant concepts removed"])
+    made = every_patch(METHODS["text-dominant"])
     assert {s["strength"] for s, _ in made} == {0.5, 1.0}
     assert len({s["threshold"] for s, _ in made}) > 1
     for setting, patch in made:
@@ -34,7 +34,7 @@ def test_text_dominant_concepts_are_those_above_the_threshold():
 
 
 def test_unimodal_concepts_are_those_outside_of_the_bimodal_mask():
-    made = every_patch(METHODS["unimodal concepts removed"])
+    made = every_patch(METHODS["unimodal"])
     assert 0.05 in {s["eps"] for s, _ in made}
     for setting, patch in made:
         eps = setting["eps"]
@@ -46,8 +46,8 @@ def test_unimodal_concepts_are_those_outside_of_the_bimodal_mask():
 @pytest.mark.parametrize(
     ("name", "controlled"),
     [
-        ("random concepts, energy as text-dominant ones", "text-dominant concepts removed"),
-        ("random concepts, energy as unimodal ones", "unimodal concepts removed"),
+        ("text-dominant-random", "text-dominant"),
+        ("unimodal-random", "unimodal"),
     ],
 )
 def test_random_concepts_have_the_strengths_of_what_they_control_for(name, controlled):
@@ -59,7 +59,7 @@ def test_random_concepts_have_the_strengths_of_what_they_control_for(name, contr
 
 
 def test_the_papers_ablation_takes_the_first_singular_vectors_of_the_top_concepts():
-    made = every_patch(METHODS["attribution subspace removed (the paper's)"])
+    made = every_patch(METHODS["attribution-subspace"])
     assert any(s["r"] < s["n"] for s, _ in made) and any(s["r"] == s["n"] for s, _ in made)
     x_nd = CALIBRATION.features.pooled_nd.double().numpy()
     for setting, patch in made:
@@ -71,15 +71,41 @@ def test_the_papers_ablation_takes_the_first_singular_vectors_of_the_top_concept
         assert torch.allclose(found_nd, expected_nd, atol=1e-3), setting
 
 
-def test_a_random_subspace_of_every_rank_of_the_ablation_is_tried():
-    ablation = METHODS["attribution subspace removed (the paper's)"]
-    random = METHODS["random subspace removed"]
-    assert [s["r"] for s in random.grid] == sorted({s["r"] for s in ablation.grid})
+def test_random_subspaces_have_the_ranks_of_the_ablation():
+    random = METHODS["attribution-subspace-random"]
+    assert random.grid == METHODS["attribution-subspace"].grid
+    for setting, patch in every_patch(random):
+        removed_dd = torch.eye(D) - patch.maps[0].weight_gde[0]
+        assert torch.linalg.matrix_rank(removed_dd, atol=1e-4) == setting["r"]
+
+
+def test_shuffled_gains_are_the_same_strengths_on_other_concepts():
+    for setting in METHODS["learned-gains"].grid:
+        for real in METHODS["learned-gains"].make(**setting):
+            made = METHODS["learned-gains-shuffled"].make(**setting)
+            assert len({tuple(selected(one).tolist()) for one in made}) == 3
+            for one in made:
+                assert sorted(selected(one)) == sorted(selected(real))
+                both = int(((selected(one) > 0) & (selected(real) > 0)).sum())
+                assert one.about["match"]["overlap"] == both
+
+
+def test_gains_on_random_directions_without_a_change_would_change_nothing():
+    """The codes of the directions rebuild every vector, so gains of one are the identity."""
+    from patch_retriever.patch.methods import gains
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(gains, "learn_gains", lambda _, codes, *__: torch.ones(codes.shape[1]))
+        setting = METHODS["learned-gains-untrained"].grid[0]
+        (patch,) = METHODS["learned-gains-untrained"].make(**setting)
+    assert torch.allclose(patch.maps[-1].weight_gde[0], torch.eye(D), atol=1e-5)
+    (patch,) = METHODS["learned-gains-untrained"].make(**setting)
+    assert float((patch.maps[-1].weight_gde[0] - torch.eye(D)).abs().max()) > 0.01
 
 
 def test_leace_leaves_kinds_alike_on_average():
     x_nd = CALIBRATION.features.pooled_nd
-    for setting, patch in every_patch(METHODS["LEACE on the modality"]):
+    for setting, patch in every_patch(METHODS["leace"]):
         out_nd = x_nd
         for step in patch.maps:
             assert step.by == "all"
@@ -98,7 +124,7 @@ def changed(**scores):
 
 
 def names_without_patches(c):
-    return {method.name for method in methods(c) if not every_patch(method)}
+    return {method.id for method in methods(c) if not every_patch(method)}
 
 
 def test_every_method_selects_something_here():
@@ -114,7 +140,7 @@ def test_without_concepts_of_one_modality_their_rows_make_no_patch():
 
 def test_a_threshold_that_no_concept_passes_makes_no_patch_and_others_do():
     c = changed(modality=torch.linspace(0.3, 0.9, C))
-    removal = {method.name: method for method in methods(c)}["text-dominant concepts removed"]
+    removal = {method.id: method for method in methods(c)}["text-dominant"]
     assert {s["threshold"] for s in removal.grid} == {0.6, 0.8, 0.95}
     assert {s["threshold"] for s, _ in every_patch(removal)} == {0.6, 0.8}
 
@@ -123,9 +149,9 @@ def test_concepts_that_never_fire_are_not_selected():
     energy_c = CONCEPTS.energy.clone()
     energy_c[::2] = 0
     for method in methods(changed(energy=energy_c)):
-        if method.name.startswith("removed by"):
+        if method.id in ("attribution", "discriminative-raw", "discriminative-centred"):
             for setting, patch in every_patch(method):
-                assert bool((patch.subtract.concepts_m % 2 == 1).all()), method.name
+                assert bool((patch.subtract.concepts_m % 2 == 1).all()), method.id
                 assert len(patch.subtract.concepts_m) == min(setting["n"], C // 2)
 
 
@@ -138,7 +164,7 @@ def test_where_no_concept_fires_no_concept_method_makes_a_patch():
         features=replace(CALIBRATION.features, codes=silent),
     )
     missing = names_without_patches(c)
-    assert {name for name in METHODS if "concept" in name or "removed by" in name} <= missing
-    assert {"learned gains", "attribution subspace removed (the paper's)"} <= missing
-    (pairs,) = (method for method in methods(c) if method.name == "best pair of methods")
+    assert missing == {name for name, method in METHODS.items() if method.concepts}
+    assert {"learned-gains", "attribution-subspace"} <= missing
+    (pairs,) = (method for method in methods(c) if method.id == "pair")
     assert {s["first"] for s, _ in every_patch(pairs)} == {"ReAlign"}

@@ -8,7 +8,7 @@ import torch
 
 from patch_retriever.analysis.exhibit import Exhibit, Row, line
 from patch_retriever.analysis.finished import Finished
-from patch_retriever.concepts.selection import like_in_energy
+from patch_retriever.concepts.selection import random_outside
 from patch_retriever.patch import fit
 from patch_retriever.patch.operators import Affine
 from patch_retriever.progress import Progress
@@ -65,13 +65,15 @@ def removal_table(build: Finished, progress: Progress) -> Exhibit:
     random_directions = [
         torch.randn(n, c.sae.d_in, generator=torch.Generator().manual_seed(seed)) for seed in seeds
     ]
-    of_energy = [c.dictionary_cw[like_in_energy(c.concepts.energy, seed)[top_m]] for seed in seeds]
+    top_c = torch.zeros(c.sae.n_concepts).index_fill(0, top_m, 1.0)
+    others = [random_outside(top_c, c.concepts.energy, seed).strength_c > 0 for seed in seeds]
+    of_energy = [c.dictionary_cw[other_c] for other_c in others]
     outcomes = {
         name: build.on_test([build.patch(fit.remove_subspace(v)) for v in directions])
         for name, directions in (
             (f"span of the {n} concepts of highest attribution removed", top),
             (f"random subspace of rank {n} removed", random_directions),
-            (f"span of {n} random concepts of that energy removed", of_energy),
+            (f"span of {n} other concepts of that energy, at random, removed", of_energy),
         )
     }
     return _table(build, outcomes | _whitened(build, {}, progress))

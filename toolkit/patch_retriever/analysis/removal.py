@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from patch_retriever.analysis.concepts import log_steps
 from patch_retriever.analysis.exhibit import Exhibit, Row, line, mean_outcome
 from patch_retriever.analysis.finished import Finished
-from patch_retriever.concepts.selection import TEXT_DOMINANT, like_in_energy, unimodal
+from patch_retriever.concepts.selection import TEXT_DOMINANT, random_outside, unimodal
 from patch_retriever.features import Features
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
@@ -41,17 +41,17 @@ def removal_curve(build: Finished, progress: Progress) -> Exhibit:
     found = selections(c)
     chosen = {name: ranking_m for name, ranking_m in found.items() if len(ranking_m)}
     works = [
-        (name, kind, split, ranking_m)
-        for name, first_m in chosen.items()
-        for kind, split, ranking_m in (
-            ("selected", "test", first_m),
-            ("selected", "validation", first_m),
-            *(("random", "test", random_m) for random_m in random_like(c, first_m)),
+        (name, kind, split, removals)
+        for name, ranking_m in chosen.items()
+        for kind, split, removals in (
+            ("selected", "test", first_of(ranking_m)),
+            ("selected", "validation", first_of(ranking_m)),
+            *(("random", "test", others) for others in random_like(c, first_of(ranking_m))),
         )
     ]
     curves: dict[tuple[str, str, str], list[Curve]] = {}
-    for name, kind, split, ranking_m in progress(works, len(works)):
-        curve = curve_of(build, ranking_m, split)
+    for name, kind, split, removals in progress(works, len(works)):
+        curve = curve_of(build, removals, split)
         curves.setdefault((name, kind, split), []).append(curve)
     means = {key: _mean(draws) for key, draws in curves.items()}
     return _exhibit(build, list(chosen), means, [name for name in found if name not in chosen])
@@ -75,49 +75,52 @@ def selections(c: Calibration) -> dict[str, Tensor]:
     }
 
 
-def random_like(c: Calibration, ranking_m: Tensor) -> list[Tensor]:
-    """Draws of random concepts, each of about the energy of the concept in its place."""
-    return [
-        like_in_energy(c.concepts.energy, c.seed * 1000 + draw)[ranking_m] for draw in range(DRAWS)
-    ]
+def first_of(ranking_m: Tensor) -> list[Tensor]:
+    """The first 1, 2, 4, ... concepts of a ranking."""
+    return [ranking_m[:n] for n in log_steps(len(ranking_m))]
 
 
-def removed_in_steps(
-    features: Features, sae: SparseAutoencoder, ranking_m: Tensor, steps: Sequence[int]
+def random_like(c: Calibration, removals: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Draws of as many random concepts as in each of `removals`, of the same energy; none of them
+    is there, too, unless too few others fire."""
+    energy_c = c.concepts.energy
+
+    def others(removed_m: Tensor, draw: int) -> Tensor:
+        removed_c = torch.zeros(len(energy_c)).index_fill(0, removed_m, 1.0)
+        return random_outside(removed_c, energy_c, c.seed * 1000 + draw).strength_c.nonzero()[:, 0]
+
+    return [[others(removed_m, draw) for removed_m in removals] for draw in range(DRAWS)]
+
+
+def without(
+    features: Features, sae: SparseAutoencoder, removals: Sequence[Tensor]
 ) -> Iterator[Features]:
-    """The features without the first n concepts of a ranking, for every n in `steps`.
-
-    Every concept is subtracted once: what is removed is linear in the codes.
-    """
-    x_nd, before = features.pooled_nd, 0
-    for n in steps:
-        new_c = torch.zeros(sae.n_concepts, dtype=torch.bool)
-        new_c[ranking_m[before:n]] = True
-        codes = features.codes.kept(new_c[features.codes.concepts_e])
-        removed_nd = codes.matmul(sae.W_dec_cd)
-        x_nd = x_nd - pad(removed_nd, (0, x_nd.shape[1] - sae.d_in))  # of two parts, the first
-        before = n
-        yield replace(features, pooled_nd=x_nd)
+    """The features without the concepts in each of `removals`."""
+    for removed_m in removals:
+        removed_c = torch.zeros(sae.n_concepts, dtype=torch.bool).index_fill(0, removed_m, True)
+        codes = features.codes.kept(removed_c[features.codes.concepts_e])
+        removed_nd = codes.matmul(sae.W_dec_cd)  # of vectors of two parts, the first
+        after_nd = pad(removed_nd, (0, features.pooled_nd.shape[1] - sae.d_in))
+        yield replace(features, pooled_nd=features.pooled_nd - after_nd)
 
 
-def curve_of(build: Finished, ranking_m: Tensor, split: str) -> Curve:
-    """Outcomes on a split after 1, 2, 4, ... removals, with nothing after them and with
-    centring (as finely as can be exported)."""
+def curve_of(build: Finished, removals: Sequence[Tensor], split: str) -> Curve:
+    """Outcomes on a split after each of some removals of concepts, with nothing after them and
+    with centring (as finely as can be exported)."""
     c, by = build.calibration, build.calibration.sides[-1]
     held_out, collection = (
         build.test if split == "test" else build.validation,
         build.data.splits[split],
     )
-    steps = log_steps(len(ranking_m))
     outcomes: dict[str, list[Outcome]] = {then: [] for then in THEN}
-    calibration = removed_in_steps(c.features, c.sae, ranking_m, steps)
-    judged = removed_in_steps(held_out, c.sae, ranking_m, steps)
+    calibration = without(c.features, c.sae, removals)
+    judged = without(held_out, c.sae, removals)
     for fitted_on, judged_on in zip(calibration, judged, strict=True):
         centre = fit.centre(fit.Statistics(fitted_on.pooled_nd, c.groups(by), by, c.device))
         for then, maps in zip(THEN, ((), (centre,)), strict=True):
             patch = Patch(c.site, None, maps, c.gate)
             outcomes[then].append(evaluate([patch], judged_on, collection))
-    return Curve(steps, outcomes)
+    return Curve([len(removed_m) for removed_m in removals], outcomes)
 
 
 def _mean(draws: Sequence[Curve]) -> Curve:
@@ -165,7 +168,10 @@ def _exhibit(
         figures["" if then == "nothing" else f"-{then}"] = plots.lines(
             series, "concepts removed", "score on test, %", title, x_scale="log"
         )
-    note = "In the table: as many concepts as validation chooses for each selection."
+    note = (
+        "In the table: as many concepts as validation chooses for each selection. Random concepts "
+        "are other ones than the selected, while enough others fire."
+    )
     if empty:
         note += f" Nothing to remove by: {', '.join(empty)} (no concept is so)."
     return Exhibit(rows, summary, figures, note)

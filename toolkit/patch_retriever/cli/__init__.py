@@ -17,6 +17,7 @@ from patch_retriever.cli.doctor import doctor
 from patch_retriever.cli.encode import encode
 from patch_retriever.cli.evaluate import evaluate
 from patch_retriever.cli.explain import explain
+from patch_retriever.cli.export import export
 from patch_retriever.cli.index import index, index_migrate, index_remove
 from patch_retriever.cli.info import info
 from patch_retriever.cli.mteb import mteb
@@ -55,6 +56,7 @@ def main() -> None:
     patch-retriever build -o demo                     the built-in model and world
     patch-retriever build Qwen/Qwen2-VL-2B-Instruct --pairs photos.jsonl -o my-retriever
     patch-retriever adapt my-retriever                train an adapter through its patch
+    patch-retriever export demo --method cca -o cca   another row of the table
     patch-retriever info my-retriever                 what was done, and the table
     patch-retriever concepts my-retriever             scores of every concept
     patch-retriever train-sae demo/run/collect -o sae  an SAE of your own
@@ -70,6 +72,7 @@ def main() -> None:
 for command in (
     build,
     adapt,
+    export,
     concepts,
     explain,
     analyze,

@@ -106,7 +106,7 @@ def adapt_config(run: Path, asked: dict[str, Any]) -> BuildConfig:
     check_finished(run)
     said = {name: value for name, value in asked.items() if value is not None}
     config = BuildConfig.read(run / MARKER, adapter=said)
-    return config.model_copy(update={"adapter_from": None})
+    return config.model_copy(update={"adapter_from": None, "method": None})
 
 
 def plan(config: BuildConfig) -> dict[str, Any]:

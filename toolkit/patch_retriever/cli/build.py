@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     help="Subtract concepts after decoder layer N instead of at the readout; the export then needs "
     "trust_remote_code=True.",
 )
+@options.method
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random. [default: 0]")
 @click.option("--device", help="torch device. [default: cpu]")
 @click.option(
@@ -127,6 +128,7 @@ def build(
     codes: str | None,
     adapter: str | None,
     patch_at: str | None,
+    method: str | None,
     seed: int | None,
     device: str | None,
     dtype: str | None,
@@ -175,6 +177,7 @@ def build(
         codes=codes,
         **adapter_settings(adapter),
         patch_at=patch_at,
+        method=method,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -207,6 +210,8 @@ def run_build(out: Path, config: BuildConfig, as_json: bool) -> None:
     click.echo(result.table)
     card, report = result.folder / "README.md", result.folder / "report" / "report.html"
     with_code = (result.folder / CODE.name).is_file()
+    if result.report["sae_problem"]:
+        click.echo(f"\nnothing was made of concepts: {result.report['sae_problem']}")
     flag = ", trust_remote_code=True" if with_code else ""
     loads = f'SentenceTransformer("{result.folder}"{flag}) loads it'
     click.echo(f"\n{loads}; the card is {card}, the report {report}")

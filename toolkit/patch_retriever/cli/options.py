@@ -29,6 +29,12 @@ workers = click.option(
     show_default="one a core, 4 at most",
     help="Threads that open and prepare pictures, each a batch at a time.",
 )
+method = click.option(
+    "--method",
+    metavar="ID|concepts",
+    help="Export this row of the table (ids are in report/table.json) instead of the one that "
+    "held-out queries choose; concepts for the best of those that subtract concepts.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 role = click.option(
     "--as",

@@ -118,7 +118,7 @@ class Patch:
                 "gate.direction_2d": self.gate.direction_2d,
                 "gate.offset_2": self.gate.offset_2,
             }
-            gate = {"margin": self.gate.margin}
+            gate = {"margin": self.gate.margin, "error": self.gate.error}
         # an empty file is no safetensors: the identity patch still has its site
         write_tensors(folder / TENSORS, tensors or {"none": torch.zeros(1)})
         scaled = any(s.input_scale != "none" for s in self.subtractions.values())
@@ -165,8 +165,12 @@ class Patch:
             )
             gate = None
             if values["gate"] is not None:
+                about = values["gate"]  # older patches were made where there was no error
                 gate = Gate(
-                    tensors["gate.direction_2d"], tensors["gate.offset_2"], values["gate"]["margin"]
+                    tensors["gate.direction_2d"],
+                    tensors["gate.offset_2"],
+                    about["margin"],
+                    about.get("error", 0.0),
                 )
             return cls(values["site"], subtract, maps, gate, values["about"], layers)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from patch_retriever.concepts.scores import ConceptTable
 from patch_retriever.features import Features
 from patch_retriever.patch import fit
-from patch_retriever.patch.fit import GradedTask, PairStatistics, Statistics, fit_gate
+from patch_retriever.patch.fit import GradedTask, PairStatistics, Statistics, choose_gate
 from patch_retriever.patch.gains import CentredCodes
 from patch_retriever.patch.operators import Affine, By, Gate, Subtract
 from patch_retriever.sae.model import SparseAutoencoder
@@ -43,7 +43,8 @@ class Calibration:
     `query_items` and `document_items` are item numbers by role, `pairs` are (query, relevant
     document) items by direction, each (n, 2), `tasks` all that is known of what is relevant.
     Methods are fitted on `device`. Where the split has too many items, these are a sample of its
-    `of_items` (`sampled_items`).
+    `of_items` (`sampled_items`). `no_gate` says what the gate cannot tell apart, and `sae_problem`
+    why nothing may be made of the SAE's concepts; both are empty where all is well.
     """
 
     site: str
@@ -59,13 +60,31 @@ class Calibration:
     layer: Layer | None = None
     device: str = "cpu"
     of_items: int | None = None
+    no_gate: str = ""
+    sae_problem: str = ""
 
     def without(self, subtract: Subtract) -> Calibration:
         """The same items by the model without what is subtracted at the layer."""
         assert self.layer is not None
         features = self.layer.patched({self.layer.site: subtract})
-        gate = None if self.gate is None else fit_gate(features.mean_nd, features.kinds_n)
-        return replace(self, features=features, gate=gate)
+        gate, note = self.gate, self.no_gate
+        if gate is not None:
+            choice = choose_gate((features.mean_nd, features.kinds_n), self.asked)
+            gate, note = choice.gate, choice.note
+        return replace(self, features=features, gate=gate, no_gate=note)
+
+    @property
+    def asked(self) -> set[int]:
+        """The kinds of the items that tasks hold."""
+        return set(self.kinds_n[torch.cat([self.query_items, self.document_items])].tolist())
+
+    @property
+    def told_n(self) -> Tensor:
+        """The kinds that maps go by, (n,): an image for items with both that the gate does not tell
+        from these."""
+        if self.gate is None or self.gate.tells_both:
+            return self.kinds_n
+        return self.kinds_n.clamp(max=1)
 
     @cached_property
     def cache(self) -> dict[Any, Any]:
@@ -172,10 +191,10 @@ class Vectors:
         return self._weighed[mean_weight]
 
     def after(self, *maps: Affine) -> Vectors:
-        """The vectors as they are after `maps`, by their true kinds."""
-        x_nd, kinds_n = self.x_nd, self.calibration.kinds_n
+        """The vectors as they are after `maps`, by the kinds that the gate tells."""
+        x_nd = self.x_nd
         for step in maps:
-            x_nd = step.by_kind(x_nd, kinds_n)
+            x_nd = step.by_kind(x_nd, self.calibration.told_n)
         return Vectors(self.calibration, x_nd)
 
 

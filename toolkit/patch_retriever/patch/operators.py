@@ -171,17 +171,27 @@ class Gate:
 
     The mean is asked whatever the readout's pooling: a last token after a "one word" prompt is
     (and should be) alike for a picture and its caption. The first of `direction_2d`, `offset_2`
-    is positive for everything with an image, the second for items with image and text. `margin`
-    is the distance of the nearest calibration item from its hyperplane, in units of the mean one.
+    is positive for everything with an image, the second for items with image and text, or for
+    nothing: then these go the way of images. `margin` is the distance of the nearest calibration
+    item from its hyperplane, in units of the mean one; `error` the largest share of a kind's items
+    that go another kind's way.
     """
 
     direction_2d: Tensor
     offset_2: Tensor
     margin: float
+    error: float = 0.0
+
+    @property
+    def tells_both(self) -> bool:
+        """Whether items with image and text are told from images."""
+        return bool(self.direction_2d[1].any()) or float(self.offset_2[1]) > 0
 
     def to(self, device: torch.device) -> Gate:
         """The same on a device."""
-        return Gate(self.direction_2d.to(device), self.offset_2.to(device), self.margin)
+        return replace(
+            self, direction_2d=self.direction_2d.to(device), offset_2=self.offset_2.to(device)
+        )
 
     def switches(self, mean_nd: Tensor) -> Tensor:
         """(n, 2): whether there is an image, whether there is an image and a text."""

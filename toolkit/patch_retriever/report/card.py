@@ -48,6 +48,9 @@ scores = model.similarity(queries, documents)
   prompt.
 {% endif %}
 - **patch**: {{ exported }} ({{ setting }}), which needs {{ needs }}; operators: {{ operators }}.
+{% if picked_instead_of %}
+  It was picked by its id; held-out queries would have chosen: {{ picked_instead_of }}.
+{% endif %}
 - **attention sinks**: {{ sinks }}.
 {% if adapter %}
 - **adapter**: {{ adapter }}.

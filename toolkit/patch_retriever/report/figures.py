@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from patch_retriever.concepts.energy import concentration, concepts_for
+from patch_retriever.patch.methods import BASE
 from patch_retriever.report.plots import SCALES, Series, histogram, lines, to_svg
-from patch_retriever.report.table import BASE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,11 +60,11 @@ AXES = (
 def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
     """What was tried on validation as curves (`methods` as in selection.json).
 
-    Every selection of concepts has a figure with its own control (the method after it); methods
-    with another setting share a figure for each setting. A point is the best over the other
-    settings, as validation chooses.
+    Every selection of concepts has a figure with its own controls; methods with another setting
+    share a figure for each setting. A point is the best over the other settings, as validation
+    chooses.
     """
-    base = 100 * next(m["validation_score"] for m in methods if m["method"] == BASE)
+    base = 100 * next(m["validation_score"] for m in methods if m["id"] == BASE)
     curves = [(method, axis, _curve(method, axis)) for method in methods if (axis := _axis(method))]
     heights = [y for _, axis, (_, ys) in curves if axis.selects for y in ys] + [base]
     spare = 0.05 * (max(heights) - min(heights)) + 0.1
@@ -78,18 +78,18 @@ def validation_curves(methods: Sequence[dict[str, Any]]) -> list[Drawn]:
 
     figures = []
     for method, axis, curve in curves:
-        if method["control"] or not axis.selects:
+        if method["control_of"] or not axis.selects:
             continue
         series = [Series("these concepts", *curve)]
         caption = "Against base (dotted)."
-        after = methods[methods.index(method) + 1 :][:1]
-        if after and after[0]["control"] and _axis(after[0]) is axis:
-            series.append(Series("random concepts", *_curve(after[0], axis), control=True))
-            caption = "Against random concepts of the same energy (dashed) and base (dotted)."
+        for other, its_axis, its_curve in curves:
+            if other["control_of"] == method["id"] and its_axis is axis:
+                series.append(Series("random", *its_curve, control=True))
+                caption = f"Against base (dotted) and (dashed): {other['method']}."
         figures.append(drawn(method["method"], caption, axis, series, y_range=y_range))
     for axis in AXES:
         series = [
-            Series(method["method"], *curve, control=method["control"])
+            Series(method["method"], *curve, control=method["control_of"] is not None)
             for method, its_axis, curve in curves
             if its_axis is axis and not axis.selects
         ]

@@ -46,12 +46,13 @@ def write_report(
     config: BuildConfig,
     run: Path,
     folder: Path,
+    patch_folder: Path,
     adapted: bool = False,
 ) -> None:
     """Write `report.html` into `folder` from the finished stages of a build under `run`.
 
-    Only the items on the concept cards go through the model again. With `adapted` the exported
-    patch is that of the adapted model, which `transformer` then is.
+    Only the items on the concept cards go through the model again. `patch_folder` holds the
+    exported patch; with `adapted` it is one of the adapted model, which `transformer` then is.
 
     Raises:
         UserError: a picture cannot be read any more.
@@ -61,7 +62,7 @@ def write_report(
     selection = json.loads((run / "select" / "selection.json").read_text())
     tried = json.loads((run / "readout" / "readout.json").read_text())["scores"]
     metrics = json.loads((run / "sae" / "cfg.json").read_text())["metadata"]["metrics"]
-    readout, patch = load_readout(run / "readout"), Patch.load(run / f"select{end}" / "patch")
+    readout, patch = load_readout(run / "readout"), Patch.load(patch_folder)
     sae = load_sae(run / "sae").to(device_of(transformer))
     scores = pq.read_table(run / f"score{end}" / TABLE)
     cards = concept_cards(
@@ -131,11 +132,14 @@ def _concept_figures(run: Path, config: BuildConfig) -> list[Drawn]:
 def summary(table: dict[str, Any]) -> str:
     """The result in a sentence (`table` as in table.json)."""
     base, exported = (
-        next(row for row in table["rows"] if row["method"] == table[name])
-        for name in ("base", "exported")
+        next(row for row in table["rows"] if row["id"] == table[name])
+        for name in ("base_id", "exported_id")
     )
     if base is exported:
-        return f"No patch was better on validation than the base, which scores {_score(base)}."
+        return (
+            "No patch was better than the base on held-out queries by more than chance; it scores "
+            f"{_score(base)}."
+        )
     d = exported["score_minus_base"]
     return (
         f"On test the exported patch ({exported['method']}) scores {_score(exported)}, base "

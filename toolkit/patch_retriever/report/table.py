@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from patch_retriever.patch.methods import BASE
 from patch_retriever.retrieval.evaluate import Outcome, PairedBootstrap
 from patch_retriever.retrieval.metrics import CUTOFFS
 from patch_retriever.retrieval.statistics import Difference
@@ -14,49 +16,73 @@ from patch_retriever.retrieval.statistics import Difference
 class Row:
     """One method with its outcome on test."""
 
+    id: str
     method: str
+    """Its title."""
     needs: str
-    setting: dict[str, Any]
-    validation: float | None
-    """Score on validation, by which its setting was chosen; None for what is not chosen."""
-    control: bool
     test: Outcome
+    setting: dict[str, Any] = field(default_factory=dict)
+    validation: float | None = None
+    """Score on held-out queries, by which its setting was chosen; None for what is not chosen."""
+    control_of: str | None = None
+    match: dict[str, float] | None = None
+    """Of random concepts: how many are selected ones, and their energy as a share of theirs."""
+
+    def about(self) -> dict[str, Any]:
+        """Everything but the hits, with the names of the tasks, as JSON values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "test"}
+        return {**values, "tasks": list(self.test.hits_by_task)}
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows; differences are to `base` (the chosen readout without a patch)."""
+    """All rows; differences are to the base (the chosen readout without a patch).
+
+    `exported` is the id of the exported row, `choice` what held-out queries chose and why (as in
+    `selection.json`), `left_out` the methods that were not made, with the reason; `notes` are
+    further lines, `sae_problem` says why nothing was made of concepts.
+    """
 
     rows: tuple[Row, ...]
     exported: str
     bootstrap: PairedBootstrap
-    left_out: tuple[str, ...] = ()
-    """Methods that select no concept here, in any setting."""
+    choice: dict[str, Any]
+    left_out: tuple[dict[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    sae_problem: str = ""
 
     @property
     def base(self) -> Row:
         """The chosen readout without a patch."""
-        return next(row for row in self.rows if row.method == BASE)
+        return self.row(BASE)
 
-    def row(self, method: str) -> Row:
-        """The row of a method."""
-        return next(row for row in self.rows if row.method == method)
+    def row(self, row_id: str) -> Row:
+        """The row with an id."""
+        return next(row for row in self.rows if row.id == row_id)
 
     def to_json(self) -> dict[str, Any]:
         """Every number: R@1, 5, 10 by task, with the paired interval of R@1 against base, and
         the score with its interval against base and against the exported choice."""
         chosen = self.row(self.exported)
         return {
-            "exported": self.exported,
+            "exported": chosen.method,
+            "exported_id": chosen.id,
             "base": self.base.method,
+            "base_id": self.base.id,
+            "choice": self.choice,
+            "footnotes": self.footnotes(),
+            "sae_problem": self.sae_problem,
             "left_out": list(self.left_out),
             "queries": {t: len(h) for t, h in self.base.test.hits_by_task.items()},
             "rows": [
                 {
+                    "id": row.id,
                     "method": row.method,
                     "needs": row.needs,
                     "setting": row.setting,
-                    "control": row.control,
+                    "control": row.control_of is not None,
+                    "control_of": row.control_of,
+                    "match": row.match,
                     "validation_score": row.validation,
                     "test_score": row.test.score,
                     "score_minus_base": asdict(self.bootstrap.average(row.test, self.base.test)),
@@ -91,13 +117,41 @@ class Table:
             lines.append(f"needs {needs}")
             for row in self._of(needs):
                 cells = "".join(f"{100 * row.test.recalls(t)[0]:8.1f}" for t in tasks)
-                mark = "> " if row.method == self.exported else "  "
+                mark = self._mark(row)
                 score = f"{100 * row.test.score:8.1f}    {_interval(self._to_base(row))}"
                 lines.append(f"{mark}{row.method:<{width - 2}}{cells}{score}")
-        setting = setting_text(self.row(self.exported).setting)
-        lines.append(f"> exported: best score on validation ({setting})")
-        lines += self._left_out()
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.footnotes()])
+
+    def _mark(self, row: Row) -> str:
+        if row.id == self.exported:
+            return "> "
+        return "* " if row.id == self.choice["id"] else "  "
+
+    def footnotes(self) -> list[str]:
+        """What is exported and why, what the choice may cost, how well controls match, what cannot
+        be told apart, and what was left out and why."""
+        choice, exported = self.choice, self.row(self.exported)
+        where = judged_on(choice)
+        why = f"{choice['reason']} on {where}"
+        lines = [f"> exported: {why} ({setting_text(exported.setting)})"]
+        if self.exported != choice["id"]:
+            of_choice = setting_text(self.row(choice["id"]).setting)
+            lines = [
+                f"> exported: picked by its id ({setting_text(exported.setting)})",
+                f"* {where} would have chosen: {why} ({of_choice})",
+            ]
+        lines.append(
+            f"expected regret of the choice on {where}: {100 * choice['regret']:.1f} points "
+            f"against the best row ({choice['queries']:,} queries)"
+        )
+        if found := [row.match for row in self.rows if row.match is not None]:
+            ratios = [match["energy_ratio"] for match in found]
+            outside = sum(match["overlap"] == 0 for match in found)
+            lines.append(
+                f"random concepts: in {outside} of {len(found)} rows none of them is a selected "
+                f"one; energy {min(ratios):.2f} to {max(ratios):.2f} of the selected ones'"
+            )
+        return [*lines, *self.notes, *left_out_lines(self.left_out)]
 
     def to_markdown(self) -> str:
         """R@1/5/10 of every task, with the 95% interval of the change of R@1 against base."""
@@ -107,21 +161,22 @@ class Table:
         for needs in filter(self._of, NEEDS):
             lines.append(f"| *needs {needs}* |" + " |" * (len(head) - 1))
             for row in self._of(needs):
-                name = f"**{row.method}** (exported)" if row.method == self.exported else row.method
+                name = row.method
+                if row.id == self.exported:
+                    name = f"**{name}** (exported)"
+                elif row.id == self.choice["id"]:
+                    name = f"{name} (chosen on {judged_on(self.choice)})"
                 cells = [self._cell(row, task) for task in tasks]
                 score = [f"{100 * row.test.score:.1f}", _interval(self._to_base(row))]
                 lines.append(f"| {' | '.join([name + _setting_note(row), *cells, *score])} |")
-        if self.left_out:
-            lines += ["", *self._left_out()]
-        return "\n".join(lines)
-
-    def _left_out(self) -> list[str]:
-        names = ", ".join(self.left_out)
-        return [f"left out, no concept is selected in any setting: {names}"] if names else []
+        lines.append("")
+        for line in self.footnotes():
+            lines += [line.removeprefix("> ").removeprefix("* "), ""]
+        return "\n".join(lines[:-1])
 
     def _cell(self, row: Row, task: str) -> str:
         recalls = "/".join(f"{100 * r:.1f}" for r in row.test.recalls(task))
-        if row.method == self.base.method:
+        if row.id == BASE:
             return recalls
         return f"{recalls} {_interval(self.bootstrap.task(row.test, self.base.test, task))}"
 
@@ -131,20 +186,30 @@ class Table:
     def _to_base(self, row: Row) -> Difference:
         return self.bootstrap.average(row.test, self.base.test)
 
-    def better_than_exported(self) -> list[Row]:
-        """Rows whose score on test is significantly above the exported choice's."""
-        chosen = self.row(self.exported).test
-        return [r for r in self.rows if self.bootstrap.average(r.test, chosen).low > 0]
 
-
-BASE = "base, chosen readout"
 NEEDS = ("nothing", "unpaired items", "pairs", "training")
 EXPLANATION = """\
 R@k is the share of queries with a relevant document among the first k, ties counted against the
 query. The score is the mean of R@1, R@5 and R@10 over all columns; choices (readout, settings,
-the exported method) were made by it on validation, and the numbers are from test. Brackets are
-95% intervals of the paired difference to the base in the chosen readout (bootstrap over queries,
-1,000 draws). Rows marked random are controls: means over three draws, never chosen."""
+the exported method) were made by it on held-out queries, and the numbers are from test. Brackets
+are 95% intervals of the paired difference to the base in the chosen readout (bootstrap over
+queries, 1,000 draws). Rows that say random or shuffled are controls and never chosen; where
+concepts are drawn, they are means over three draws."""
+
+
+def judged_on(choice: dict[str, Any]) -> str:
+    """What a choice was made on, in words (`choice` as in `selection.json`)."""
+    if choice["folds"] == 1:
+        return "validation"
+    return f"{choice['folds']}-fold cross-validation"
+
+
+def left_out_lines(left_out: Iterable[dict[str, str]]) -> list[str]:
+    """A line for every reason why methods were left out."""
+    by_why: dict[str, list[str]] = {}
+    for one in left_out:
+        by_why.setdefault(one["why"], []).append(one["title"])
+    return [f"left out, {why}: {', '.join(titles)}" for why, titles in by_why.items()]
 
 
 def _interval(d: Difference) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,54 @@ class Collection:
             for query, relevant in zip(task.queries, task.relevant, strict=True)
         ]
         return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Collection]) -> Collection:
+        """Several collections as one, their items after each other; tasks of one name are one task
+        over the documents of all. One collection stays as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        tasks: dict[str, Task] = {}
+        first = 0
+        for part in parts:
+            for task in part.tasks:
+                there = tasks.get(task.name, Task(task.name, task.direction, (), (), ()))
+                before = len(there.documents)
+                tasks[task.name] = Task(
+                    task.name,
+                    task.direction,
+                    (*there.queries, *(first + q for q in task.queries)),
+                    (*there.documents, *(first + d for d in task.documents)),
+                    (*there.relevant, *(tuple(before + r for r in rs) for rs in task.relevant)),
+                )
+            first += len(part.items)
+        items = tuple(item for part in parts for item in part.items)
+        return cls(" and ".join(part.split for part in parts), items, tuple(tasks.values()))
+
+    def subset(self, items: Sequence[int], asking: Container[int] | None = None) -> Collection:
+        """Some items, in the given order, and what is left of the tasks over them.
+
+        A query stays where a relevant document does; with `asking` (item numbers) only if it or one
+        of these documents is among them.
+        """
+        place = {item: i for i, item in enumerate(items)}
+        tasks = []
+        for task in self.tasks:
+            kept = [d for d in task.documents if d in place]
+            position = {d: i for i, d in enumerate(kept)}
+            queries, relevant = [], []
+            for query, answers in zip(task.queries, task.relevant, strict=True):
+                left = [d for d in (task.documents[r] for r in answers) if d in position]
+                counted = asking is None or any(i in asking for i in (query, *left))
+                if query in place and left and counted:
+                    queries.append(place[query])
+                    relevant.append(tuple(position[d] for d in left))
+            if queries:
+                documents = tuple(place[d] for d in kept)
+                tasks.append(
+                    Task(task.name, task.direction, tuple(queries), documents, tuple(relevant))
+                )
+        return Collection(self.split, tuple(self.items[i] for i in items), tuple(tasks))
 
     def retrieval_tasks(self) -> tuple[RetrievalTask, ...]:
         """The tasks by themselves; an item's id is its number in the collection."""

@@ -44,10 +44,14 @@ class Resamples:
 
     def interval(self, deltas: Mapping[str, NDArray[np.float64]]) -> Difference:
         """The mean over tasks of the mean over queries of `deltas[task]` (q,), with an interval."""
-        draws_r = np.mean([self._means(name, delta_q) for name, delta_q in deltas.items()], axis=0)
+        draws_r = self.draws(deltas)
         low, high = np.quantile(draws_r, (0.025, 0.975))
         mean = float(np.mean([delta_q.mean() for delta_q in deltas.values()]))
         return Difference(mean, float(low), float(high))
+
+    def draws(self, values: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The mean over tasks of the mean over queries of `values[task]` (q,) in every draw."""
+        return np.mean([self._means(name, value_q) for name, value_q in values.items()], axis=0)
 
     def _means(self, name: str, delta_q: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean of every draw, (draws,)."""

@@ -70,6 +70,10 @@ class SavedFeatures:
         """Features of a split by the patch that they are for."""
         return lambda patch: self(split, patch.layers)
 
+    def of_all(self, splits: Sequence[str], patch: Patch) -> Features:
+        """Features of several splits, one after the other, for a patch."""
+        return Features.joined([self(split, patch.layers) for split in splits])
+
     def __call__(self, split: str, layers: Mapping[str, Subtract]) -> Features:
         """Features of a split by the model without what is subtracted at `layers`."""
         assert not layers, "these need a pass through the model"

@@ -14,6 +14,7 @@ from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.config import MOST_ITEMS, BuildConfig
 from patch_retriever.data import SPLITS, Data
+from patch_retriever.errors import UserError
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.fit import fitting_device
 from patch_retriever.patch.methods import Method
@@ -28,6 +29,7 @@ from patch_retriever.stages.features import (
 )
 from patch_retriever.stages.scoring import score
 from patch_retriever.stages.selection import load_calibration, select
+from patch_retriever.stages.trials import fitted_splits, trials
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -51,14 +53,30 @@ class Fit:
 
     @property
     def selection(self) -> dict[str, Any]:
-        """Every method's choice on validation, as in `selection.json`."""
-        return dict(json.loads((self.selected / "selection.json").read_text()))
+        """Every method's choice on held-out queries, as in `selection.json`."""
+        return read_selection(self.selected)
 
     @property
     def choice(self) -> dict[str, Any]:
-        """The method that is best on validation, its setting and its score."""
+        """The method that was chosen on held-out queries, its setting and its score."""
         found = self.selection
-        return next(m for m in found["methods"] if m["method"] == found["exported"])
+        return next(m for m in found["methods"] if m["id"] == found["exported_id"])
+
+
+def read_selection(folder: Path) -> dict[str, Any]:
+    """What the stage that selects left in its folder.
+
+    Raises:
+        UserError: it is missing, or from an older version.
+    """
+    path = folder / "selection.json"
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); run the same build again") from None
+    if "exported_id" not in found:
+        raise UserError(f"{path}: from an older version; run the same build again")
+    return found
 
 
 def best(fits: Sequence[Fit]) -> Fit:
@@ -114,6 +132,8 @@ def fit(
         f"features{end}",
         codes=config.codes,
     )
+    folds = config.folds_of_choice
+    on = fitted_splits(data, folds)
     calibration = load_calibration(
         readout,
         data,
@@ -122,15 +142,23 @@ def fit(
         concepts,
         config.seed,
         config.patch_at,
+        on,
         fitting_device(device_of(transformer)),
         config.max_calibration_items,
     )
     found, most = tuple(methods(calibration)), config.max_calibration_items
+
+    def choose(folder: Path) -> None:
+        held_out = trials(calibration, found, data, patched.of_all, methods, folds)
+        select(calibration, held_out, readout, folder, progress, found)
+
     selected = stage(
         "select",
-        lambda folder: select(calibration, data, patched, readout, folder, progress, found),
+        choose,
         f"score{end}",
         *([] if config.patch_at is None else [f"unpatched{end}"]),
         **({} if most == MOST_ITEMS else {"max_calibration_items": most}),
+        folds=folds if len(on) > 1 else 1,
+        rules=2,  # raised when choices are made by others, so that they are made again
     )
     return Fit(weights, patched, concepts, calibration, found, selected, f"select{end}")

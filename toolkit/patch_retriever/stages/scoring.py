@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -12,14 +12,16 @@ from patch_retriever.backbones.readout import Readout
 from patch_retriever.backbones.unembedding import nearest_tokens
 from patch_retriever.concepts.query import ABOUT, TABLE
 from patch_retriever.concepts.scores import CodesOf, codes_of, score_concepts, unexplained
-from patch_retriever.concepts.table import TOP, examples
+from patch_retriever.concepts.table import TOP, ConceptTable, examples
 from patch_retriever.data import Data
 from patch_retriever.errors import UserError
 from patch_retriever.features import Features
 from patch_retriever.files import write_json
 from patch_retriever.items import KINDS
+from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.negatives import hard_negatives
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.sae.model import SparseAutoencoder
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -47,13 +49,33 @@ def score(
     """
     calibration = Features.load(features / "calibration.safetensors")
     collection, sae = data.splits["calibration"], load_sae(sae_folder)
+    table, about = scored(calibration, collection, sae, codes_from, data.about)
+    codes, kinds_n = codes_of(calibration, sae, codes_from), calibration.kinds_n.long()
+    tokens, unembedding = nearest_tokens(transformer, sae.W_dec_cd, readout.site, TOP)
+    table.save(folder / TABLE, examples(codes, kinds_n, tokens, unembedding))
+    write_json(folder / ABOUT, about)
+
+
+def scored(
+    calibration: Features,
+    collection: Collection,
+    sae: SparseAutoencoder,
+    codes_from: CodesOf,
+    source: str,
+) -> tuple[ConceptTable, dict[str, Any]]:
+    """The scores of every concept on a collection's features, and what was scored; `source` says
+    what data it is.
+
+    Raises:
+        UserError: no document is wrong for any query, so there are no hard negatives.
+    """
     raw_nd, kinds_n = calibration.pooled_nd, calibration.kinds_n.long()
     means_kd = torch.stack([raw_nd[kinds_n == kind].mean(0) for kind in range(len(KINDS))])
     crossing = [task for task in collection.tasks if task.direction in CROSSING]
     negatives_n2 = hard_negatives(raw_nd, crossing)
     if not len(negatives_n2):
         raise UserError(
-            f"{data.about} In calibration no document is wrong for any query, so there are no hard "
+            f"{source} In calibration no document is wrong for any query, so there are no hard "
             "negatives to score concepts by; give pairs whose texts tell pictures apart"
         )
     pairs_n2 = torch.from_numpy(collection.pairs(CROSSING))
@@ -66,8 +88,6 @@ def score(
         negatives_n2,
         negatives_centred_n2,
     )
-    tokens, unembedding = nearest_tokens(transformer, sae.W_dec_cd, readout.site, TOP)
-    table.save(folder / TABLE, examples(found[codes_from], kinds_n, tokens, unembedding))
     about = {
         "codes": codes_from,
         "items": dict(zip(KINDS, torch.bincount(kinds_n, minlength=3).tolist(), strict=True)),
@@ -75,4 +95,4 @@ def score(
         "hard_negatives": len(negatives_n2),
         "unexplained": {w: unexplained(calibration, codes, sae) for w, codes in found.items()},
     }
-    write_json(folder / ABOUT, about)
+    return table, about

@@ -1,13 +1,16 @@
-"""The stage that chooses every method's setting, and the method, on validation."""
+"""The stage that chooses every method's setting, and the method, on held-out queries."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import patch_retriever
 from patch_retriever.backbones.readout import Readout
@@ -18,14 +21,21 @@ from patch_retriever.features import Features
 from patch_retriever.files import write_json
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration, Layer
-from patch_retriever.patch.fit import GradedTask, fit_gate
+from patch_retriever.patch.fit import choose_gate
 from patch_retriever.patch.methods import Method
+from patch_retriever.patch.methods.method import Setting
 from patch_retriever.patch.operators import Subtract
-from patch_retriever.patch.sample import renumbered, sampled_items
+from patch_retriever.patch.sample import sampled_items
 from patch_retriever.progress import Progress
-from patch_retriever.retrieval.evaluate import evaluate
+from patch_retriever.retrieval.collection import Collection
+from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.sae.formats import load_sae
+from patch_retriever.sae.quality import problem
+from patch_retriever.stages.choice import Candidate, choose
 from patch_retriever.stages.features import SavedFeatures
+from patch_retriever.stages.trials import Trial, items_and_pairs
+
+NO_CONCEPT = "no concept is selected in any setting"
 
 
 def load_calibration(
@@ -36,99 +46,181 @@ def load_calibration(
     concepts: Path,
     seed: int,
     layer: str | None = None,
+    splits: Sequence[str] = ("calibration",),
     device: str = "cpu",
     most: int | None = None,
 ) -> Calibration:
-    """What the methods learn from, and a gate where it holds on validation too.
+    """What the methods learn from: the items of `splits`, with the finest gate that holds on
+    calibration and validation.
 
     `layer` is where the SAE's activations are from, if not from the readout; methods are fitted on
-    `device`, with at most `most` items of each modality (None: all).
+    `device`, with at most `most` items of each modality (None: all, and always all where there are
+    so few that they are cross-validated).
     """
-    collection = data.splits["calibration"]
-    directions = dict.fromkeys(task.direction for task in collection.tasks)
-    pairs = {one: torch.from_numpy(collection.pairs((one,))) for one in directions}
-    kinds_n = torch.from_numpy(collection.kinds())
-    kept_m = sampled_items(kinds_n, pairs.values(), most or len(kinds_n), seed)
+    fitted_on, held_out = (features(split, {}) for split in ("calibration", "validation"))
+    collection = Collection.joined([data.splits[split] for split in splits])
+    kinds = collection.kinds()
+    asked = {int(kinds[i]) for t in collection.tasks for i in (*t.queries, *t.documents)}
+    choice = choose_gate(
+        (fitted_on.mean_nd, fitted_on.kinds_n), asked, (held_out.mean_nd, held_out.kinds_n)
+    )
+    of_items, kinds_n = len(kinds), torch.from_numpy(kinds)
+    pairs = [torch.from_numpy(collection.pairs((task.direction,))) for task in collection.tasks]
+    bound = most if most is not None and len(splits) == 1 else of_items
+    kept_m = sampled_items(kinds_n, pairs, bound, seed)
+    if len(kept_m) < of_items:
+        collection = collection.subset(kept_m.tolist())
 
     def patched(layers: Mapping[str, Subtract]) -> Features:
-        whole = features("calibration", layers)
-        return whole if len(kept_m) == len(kinds_n) else whole.some(kept_m)
+        whole = Features.joined([features(split, layers) for split in splits])
+        return whole if len(kept_m) == of_items else whole.rows(kept_m)
 
-    found, held_out = patched({}), features("validation", {})
-    gate = fit_gate(found.mean_nd, found.kinds_n)
-    if gate is not None and not bool((gate.kinds(held_out.mean_nd) == held_out.kinds_n).all()):
-        gate = None
-    queries = sorted({i for task in collection.tasks for i in task.queries})
-    documents = sorted({i for task in collection.tasks for i in task.documents})
+    metrics = json.loads((sae_folder / "cfg.json").read_text())["metadata"].get("metrics", {})
     return Calibration(
-        readout.site,
-        found,
-        load_sae(sae_folder),
-        ConceptTable.load(concepts / TABLE),
-        gate,
-        renumbered(torch.tensor(queries), kept_m),
-        renumbered(torch.tensor(documents), kept_m),
-        {direction: renumbered(pairs_n2, kept_m) for direction, pairs_n2 in pairs.items()},
-        tuple(
-            GradedTask.of(t.queries, t.documents, t.relevant).among(kept_m)
-            for t in collection.tasks
-        ),
-        seed,
-        None if layer is None else Layer(layer, patched),
-        device,
-        len(kinds_n),
+        site=readout.site,
+        features=patched({}),
+        sae=load_sae(sae_folder),
+        concepts=ConceptTable.load(concepts / TABLE),
+        gate=choice.gate,
+        seed=seed,
+        layer=None if layer is None else Layer(layer, patched),
+        device=device,
+        of_items=of_items,
+        no_gate=choice.note,
+        sae_problem=problem(metrics) or "",
+        **items_and_pairs(collection),
     )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting of a method: its outcome on held-out queries, how many concepts its patch
+    subtracts and how many operators it has, and how a control's concepts match."""
+
+    setting: Setting
+    outcome: Outcome
+    concepts: int
+    operators: int
+    match: dict[str, float] | None
+
+    @classmethod
+    def of(cls, setting: Setting, patches: Sequence[Patch], outcome: Outcome) -> Tried:
+        """From the patches of the setting (several draws of a control)."""
+        first = patches[0]
+        matches = [patch.about["match"] for patch in patches if "match" in patch.about]
+        match = None
+        if matches:
+            match = {
+                "overlap": max(one["overlap"] for one in matches),
+                "energy_ratio": sum(one["energy_ratio"] for one in matches) / len(matches),
+            }
+        operators = len(first.subtractions) + len(first.maps)
+        return cls(setting, outcome, len(first.strengths), operators, match)
+
+    def to_json(self) -> dict[str, Any]:
+        """As an entry of `tried` in `selection.json`."""
+        values = {
+            "setting": self.setting,
+            "validation_score": self.outcome.score,
+            "concepts": self.concepts,
+        }
+        return values if self.match is None else {**values, "match": self.match}
 
 
 def select(
     calibration: Calibration,
-    data: Data,
-    features: SavedFeatures,
+    held_out: Sequence[Trial],
     readout: Readout,
     folder: Path,
     progress: Progress,
     found: Sequence[Method],
 ) -> None:
-    """Each of `found`'s best setting on validation, and the best method of all.
+    """Each of `found`'s best setting on held-out queries, and the method that is exported.
 
-    Writes `selection.json` and the best method's patch, with its reasons, under `patch/`. A setting
-    that selects no concept is not tried; a method without any other is named under `left_out`.
+    Writes `selection.json` and the chosen method's patch, with its reasons, under `patch/`. A
+    setting that selects no concept is not tried; a method without any other is named under
+    `left_out`, as is one that cannot be made here.
     """
-    held_out, collection = features.of("validation"), data.splits["validation"]
     choices: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    best_patch, best_score = None, -1.0
-    for method in progress(found, len(found)):
-        scored = []
-        for setting in method.grid:
-            patches = method.make(**setting)
-            if not patches:
-                continue
-            scored.append((evaluate(patches, held_out, collection).score, setting))
-            if not method.control and scored[-1][0] > best_score:
-                (best_patch,), best_score, chosen = patches, scored[-1][0], len(choices)
-        if not scored:
-            left_out.append(method.name)
+    left_out: list[dict[str, str]] = []
+    candidates: list[Candidate] = []
+    for number, method in enumerate(progress(found, len(found))):
+        tried = [] if method.left_out else list(_tried(number, method, held_out))
+        # of all items it may select nothing where it did of some
+        tops = sorted(tried, key=lambda one: -one.outcome.score)
+        top = next((one for one in tops if method.make(**one.setting)), None)
+        if top is None:
+            why = method.left_out or NO_CONCEPT
+            left_out.append({"id": method.id, "title": method.title, "why": why})
             continue
-        top, setting = max(scored, key=lambda pair: pair[0])
         choices.append(
             {
-                "method": method.name,
+                "id": method.id,
+                "method": method.title,
                 "needs": method.needs,
-                "control": method.control,
-                "setting": setting,
-                "validation_score": top,
-                "tried": [{"setting": s, "validation_score": v} for v, s in scored],
+                "control": method.control_of is not None,
+                "control_of": method.control_of,
+                "setting": top.setting,
+                "validation_score": top.outcome.score,
+                "tried": [one.to_json() for one in tried],
             }
         )
-    assert best_patch is not None
-    exported = choices[chosen]["method"]
+        if method.control_of is None:
+            candidates.append(
+                Candidate(method.id, method.title, method.needs, top.operators, top.outcome)
+            )
+    choice = choose(candidates, candidates[0].id, calibration.seed)
+    chosen = next(one for one in choices if one["id"] == choice.id)
+    gate = calibration.gate
+    notes = [f"the gate: {calibration.no_gate}"] if calibration.no_gate else []
+    if gate is not None and gate.error > 0:
+        notes.append(f"the gate takes up to {100 * gate.error:.1f}% of a kind's items for another")
     write_json(
         folder / "selection.json",
-        {"exported": exported, "methods": choices, "left_out": left_out},
+        {
+            "exported": chosen["method"],
+            "exported_id": choice.id,
+            "choice": {**choice.to_json(), "folds": len(held_out)},
+            "gate": None if gate is None else {"margin": gate.margin, "error": gate.error},
+            "notes": notes,
+            "methods": choices,
+            "left_out": left_out,
+        },
     )
-    about = _provenance(best_patch, calibration, readout, choices[chosen])
-    replace(best_patch, about=about).save(folder / "patch")
+    method = next(one for one in found if one.id == choice.id)
+    save_patch(method, chosen, calibration, readout, folder / "patch")
+
+
+def _tried(number: int, method: Method, held_out: Sequence[Trial]) -> Iterator[Tried]:
+    """Every setting of the method (the `number`-th of each trial) that selects something."""
+    for setting in method.grid:
+        made = [trial.methods[number].make(**setting) for trial in held_out]
+        some = next((patches for patches in made if patches), None)
+        if some is None:
+            continue
+        nothing = [replace(some[0], subtract=None, maps=(), layers={})]
+        total: dict[str, list[NDArray[np.float64]]] = {}
+        for trial, patches in zip(held_out, made, strict=True):
+            outcome = evaluate(patches or nothing, trial.features, trial.collection)
+            for task, hits in outcome.hits_by_task.items():
+                total.setdefault(task, []).append(hits)
+        joined = Outcome({task: np.concatenate(hits) for task, hits in total.items()})
+        yield Tried.of(setting, some, joined)
+
+
+def save_patch(
+    method: Method,
+    choice: dict[str, Any],
+    calibration: Calibration,
+    readout: Readout,
+    folder: Path,
+    **about: Any,
+) -> None:
+    """A method's patch in the setting of `choice` (an entry of `methods` in `selection.json`), with
+    where it comes from and what else there is to say `about` it."""
+    (patch,) = method.make(**choice["setting"])
+    values = {**_provenance(patch, calibration, readout, choice), **about}
+    replace(patch, about=values).save(folder)
 
 
 def _provenance(
@@ -143,6 +235,7 @@ def _provenance(
     return {
         "made_by": f"patch-retriever {patch_retriever.__version__}",
         "readout": readout.to_json(),
+        "id": choice["id"],
         "method": choice["method"],
         "needs": choice["needs"],
         "setting": choice["setting"],

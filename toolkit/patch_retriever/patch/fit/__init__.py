@@ -14,7 +14,7 @@ from patch_retriever.patch.fit.contrastive import (
     contrastive,
 )
 from patch_retriever.patch.fit.erasure import leace, remove_subspace
-from patch_retriever.patch.fit.gate import fit_gate
+from patch_retriever.patch.fit.gate import GateChoice, choose_gate, fit_gate
 from patch_retriever.patch.fit.geometry import (
     all_but_the_top,
     centre,
@@ -35,6 +35,7 @@ from patch_retriever.patch.fit.statistics import (
 __all__ = [
     "ConceptCodes",
     "ContrastiveSettings",
+    "GateChoice",
     "GradedTask",
     "Moments",
     "PairStatistics",
@@ -42,6 +43,7 @@ __all__ = [
     "all_but_the_top",
     "cca",
     "centre",
+    "choose_gate",
     "contrastive",
     "fit_gate",
     "fitting_device",

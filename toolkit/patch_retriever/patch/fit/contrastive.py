@@ -33,25 +33,6 @@ class GradedTask:
             torch.tensor(queries), torch.tensor(documents), sizes.cumsum(0), torch.tensor(flat)
         )
 
-    def among(self, kept_m: Tensor) -> GradedTask:
-        """The task over some items, renumbered by their places in `kept_m` (ascending): without the
-        other documents, and without the queries that have no relevant one left."""
-        if len(self.queries_q) == 0:
-            return self
-        in_n = torch.isin(self.documents_n, kept_m)
-        place_n = in_n.cumsum(0) - 1
-        keeps_e = in_n[self.relevant_e]
-        row_e = torch.arange(len(self.queries_q)).repeat_interleave(self.starts_q1.diff())
-        left_q = torch.bincount(row_e[keeps_e], minlength=len(self.queries_q))
-        asks_q = torch.isin(self.queries_q, kept_m) & (left_q > 0)
-        keeps_e &= asks_q[row_e]
-        return GradedTask(
-            torch.searchsorted(kept_m, self.queries_q[asks_q]),
-            torch.searchsorted(kept_m, self.documents_n[in_n]),
-            torch.cat([left_q.new_zeros(1), left_q[asks_q].cumsum(0)]),
-            place_n[self.relevant_e[keeps_e]],
-        )
-
     def batch(
         self, queries: int, documents: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +107,6 @@ def contrastive(
     generator = torch.Generator().manual_seed(seed)
     x_nd, kinds_n, start = x_nd.to(device), kinds_n.to(device), start.to(device)
     concepts = None if concepts is None else concepts.to(device)
-    tasks = [task for task in tasks if len(task.queries_q)]
     scale_g11 = start.weight_gde.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
     weight_gde = torch.zeros_like(start.weight_gde, requires_grad=True)
     bias_ge = torch.zeros_like(start.bias_ge, requires_grad=True)

@@ -21,21 +21,39 @@ _MEAN_WEIGHTS = (0.5, 1.0)
 
 def rows(c: Calibration) -> Iterator[Method]:
     """Closed forms with statistics per modality."""
-    yield Method("Procrustes", "pairs", lambda: one_patch(c, fit.procrustes(c.vectors().pairs)))
+    why = unaligned(c)
     weights = _MEAN_WEIGHTS if c.n_parts > 1 else (None,)
     weighed = [{} if w is None else {"mean_weight": w} for w in weights]
     yield Method(
+        "procrustes",
+        "Procrustes",
+        "pairs",
+        lambda: one_patch(c, fit.procrustes(c.vectors().pairs)),
+        left_out=why,
+    )
+    yield Method(
+        "cca",
         "CCA",
         "pairs",
         lambda **setting: one_patch(c, *cca(c, **setting)),
         tuple({"shrinkage": s, **w} for w in weighed for s in BETAS),
+        left_out=why,
     )
     yield Method(
+        "ridge",
         "ridge regression",
         "pairs",
         lambda shrinkage: one_patch(c, fit.ridge(c.vectors().pairs, shrinkage)),
         tuple({"shrinkage": s} for s in _PENALTIES),
+        left_out=why,
     )
+
+
+def unaligned(c: Calibration) -> str:
+    """Why nothing can be aligned; empty where it can."""
+    if c.gate is None:
+        return c.no_gate
+    return "" if 0 in c.pairs_to_images else "no two pairs of a text and an image"
 
 
 def cca(

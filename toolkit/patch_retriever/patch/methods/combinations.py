@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
-from patch_retriever.patch.methods.alignment import cca
+from patch_retriever.patch.methods.alignment import cca, unaligned
 from patch_retriever.patch.methods.gains import strengths_from_gains
 from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.methods.removal import top_concepts
@@ -18,12 +18,22 @@ _SECONDS = ("ReAlign", "ReAlign and Procrustes", "CCA")
 
 
 def rows(c: Calibration) -> Iterator[Method]:
-    """One row: validation chooses the pair, too."""
-    pairs = [("ReAlign", "Procrustes"), *((f, s) for f in _FIRSTS for s in _SECONDS)]
+    """One row: validation chooses the pair, too; of pairs without concepts where the SAE is no
+    good."""
+    pairs = [("ReAlign", "Procrustes")]
+    if not c.sae_problem:
+        pairs += [(f, s) for f in _FIRSTS for s in _SECONDS]
     grid = tuple(
         {"first": f, "second": s, "strength": b} for f, s in pairs for b in (0.3, 0.5, 0.8)
     )
-    yield Method("best pair of methods", "pairs", lambda **setting: _pair(c, **setting), grid)
+    yield Method(
+        "pair",
+        "best pair of methods",
+        "pairs",
+        lambda **setting: _pair(c, **setting),
+        grid,
+        left_out=unaligned(c),
+    )
 
 
 def _pair(c: Calibration, first: str, second: str, strength: float) -> list[Patch]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
-from patch_retriever.patch.methods.alignment import cca
+from patch_retriever.patch.methods.alignment import cca, unaligned
 from patch_retriever.patch.methods.method import DRAWS, Method, one_patch
 from patch_retriever.patch.operators import Affine, Subtract
 
@@ -28,13 +28,26 @@ def rows(c: Calibration) -> Iterator[Method]:
     Concepts fire or not, which no affine map can say: so there is something that they can add to
     the best of maps. The control has that as well.
     """
-    yield Method("contrastive alignment", "pairs", lambda: [_aligned(c)])
-    yield Method("contrastive alignment with concepts", "pairs", lambda: _patches(c, [None]))
+    why = unaligned(c)
     yield Method(
+        "contrastive", "contrastive alignment", "pairs", lambda: [_aligned(c)], left_out=why
+    )
+    yield Method(
+        "contrastive-concepts",
+        "contrastive alignment with concepts",
+        "pairs",
+        lambda: _patches(c, [None]),
+        concepts=True,
+        left_out=why,
+    )
+    yield Method(
+        "contrastive-concepts-shuffled",
         "contrastive alignment with shuffled concepts",
         "pairs",
         lambda: _patches(c, range(DRAWS)),
-        control=True,
+        control_of="contrastive-concepts",
+        concepts=True,
+        left_out=why,
     )
 
 
@@ -84,7 +97,7 @@ def _learned(
 ) -> tuple[Affine, Tensor | None]:
     return fit.contrastive(
         c.vectors().after(*before).x_nd,
-        c.kinds_n,
+        c.told_n,
         start,
         c.tasks,
         fit.ContrastiveSettings(),

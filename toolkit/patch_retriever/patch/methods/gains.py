@@ -1,4 +1,5 @@
-"""Learned gains of concepts, and their control: gains of principal components."""
+"""Learned gains of concepts, gains of principal components, and controls: gains of directions that
+no SAE has learned, and the learned gains on other concepts."""
 
 from __future__ import annotations
 
@@ -7,30 +8,52 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from patch_retriever.concepts.selection import shuffled
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.gains import Components, GainSettings, learn_gains
-from patch_retriever.patch.methods.method import Method, one_patch
-from patch_retriever.patch.methods.removal import subtracting
+from patch_retriever.patch.methods.method import DRAWS, Method, one_patch
+from patch_retriever.patch.methods.removal import subtracting, with_match
 from patch_retriever.patch.operators import Affine
 
 
 def rows(c: Calibration) -> Iterator[Method]:
-    """Gains from pairs of texts and images, or from all pairs; with a penalty for every concept
-    that is changed, or without."""
+    """Gains from pairs of texts and images, or from all pairs; with a penalty for everything that
+    is changed, or without."""
     which = ("text-image", "all")
+    grid = tuple({"pairs": pairs, "sparsity": s} for pairs in which for s in (0.0, 0.3))
     yield Method(
+        "learned-gains",
         "learned gains",
         "pairs",
         lambda **setting: _gained(c, **setting),
-        tuple({"pairs": pairs, "sparsity": s} for pairs in which for s in (0.0, 0.3)),
+        grid,
+        concepts=True,
     )
     yield Method(
+        "learned-gains-shuffled",
+        "learned gains, shuffled",
+        "pairs",
+        lambda **setting: _shuffled(c, **setting),
+        grid,
+        control_of="learned-gains",
+        concepts=True,
+    )
+    yield Method(
+        "learned-gains-untrained",
+        "gains on random directions",
+        "pairs",
+        lambda **setting: _untrained(c, **setting),
+        grid,
+        control_of="learned-gains",
+    )
+    yield Method(
+        "principal-gains",
         "gains on principal components",
         "pairs",
-        lambda pairs: one_patch(c, *_principal_gains(c, pairs)),
-        tuple({"pairs": pairs} for pairs in which),
+        lambda **setting: _principal(c, **setting),
+        grid,
     )
 
 
@@ -63,19 +86,60 @@ def _pairs(c: Calibration, which: str) -> list[Tensor]:
     return [pairs for name, pairs in c.pairs.items() if name in ("t->i", "i->t")]
 
 
-def _principal_gains(c: Calibration, pairs: str) -> tuple[Affine, Affine]:
-    vectors_dd = _principal_components(c)
-    parts = Components.of(c.centred_nd, vectors_dd)
-    gains_d = learn_gains(
-        c.centred_nd, parts, _pairs(c, pairs), GainSettings(), c.seed, c.device
-    ).to(vectors_dd)
-    centring = fit.centre(c.vectors().statistics(c.sides[-1]))
-    return centring, fit.principal_gains(gains_d, vectors_dd)
+def _shuffled(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
+    """Draws of the learned strengths, dealt out anew among the concepts that fire."""
+    strength_c = strengths_from_gains(c, pairs, sparsity)
+    found = []
+    for draw in range(DRAWS):
+        other = shuffled(strength_c, c.concepts.energy, c.seed * 1000 + draw)
+        patches = subtracting(c, other.strength_c, "random", "centre")
+        found += [with_match(patch, other) for patch in patches]
+    return found
 
 
-def _principal_components(c: Calibration) -> Tensor:
-    """Eigenvectors (d, d), in columns, of the covariance within kinds."""
+def _untrained(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
+    """Gains of as many random unit directions as there are concepts (no more than can be told
+    apart: 4 d), with the smallest codes that rebuild every vector. One draw: it is learned."""
+    d = c.centred_nd.shape[1]
+    n = min(c.sae.n_concepts, 4 * d)
+    generator = torch.Generator().manual_seed(c.seed * 1000)
+    directions_md = torch.randn(n, d, generator=generator)
+    directions_md = torch.nn.functional.normalize(directions_md, dim=1).double()
+    encoder_dm = torch.linalg.lstsq(directions_md, torch.eye(n, dtype=torch.float64)).solution
+    return _affine_gains(c, "random", encoder_dm, directions_md, pairs, sparsity)
+
+
+def _principal(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
     if "components" not in c.cache:
         everything = torch.arange(len(c.kinds_n))
-        c.cache["components"] = fit.Moments(c.centred_nd, everything, c.device).spectrum[1]
-    return c.cache["components"]
+        vectors_dd = fit.Moments(c.centred_nd, everything, c.device).spectrum[1]
+        c.cache["components"] = vectors_dd.cpu()
+    vectors_dd = c.cache["components"]
+    return _affine_gains(c, "principal", vectors_dd, vectors_dd.T, pairs, sparsity)
+
+
+def _affine_gains(
+    c: Calibration,
+    name: str,
+    encoder_dm: Tensor,
+    directions_md: Tensor,
+    pairs: str,
+    sparsity: float,
+) -> list[Patch]:
+    """Centring, then x - ((1 - g) * (x E)) D, g learned; E and D are the encoder and directions."""
+    key = (name, pairs, sparsity)  # made for the choice and for test
+    if key not in c.cache:
+        coordinates_nm = (c.centred_nd.double() @ encoder_dm).float()
+        c.cache[key] = learn_gains(
+            c.centred_nd,
+            Components(coordinates_nm, directions_md.float()),
+            _pairs(c, pairs),
+            GainSettings(sparsity=sparsity),
+            c.seed,
+            c.device,
+        )
+    eye_dd = torch.eye(directions_md.shape[1], dtype=torch.float64)
+    weight_dd = eye_dd - (encoder_dm * (1 - c.cache[key].double())) @ directions_md
+    centring = fit.centre(c.vectors().statistics(c.sides[-1]))
+    gains = Affine(f"{name} gains", "all", weight_dd.float()[None], torch.zeros(1, len(eye_dd)))
+    return one_patch(c, centring, gains)

@@ -15,38 +15,55 @@ BETAS = (0.1, 0.3, 0.5, 0.8)
 """Shrinkages of covariances."""
 
 _BY_NAME = {"all": "all items", "role": "per side", "modality": "per modality"}
+_SIDES: tuple[By, ...] = ("role", "modality")
+_ALL: tuple[By, ...] = ("all", *_SIDES)
 
 
 def rows(c: Calibration) -> Iterator[Method]:
-    """All of them, each with statistics as coarse and as fine as can be exported.
+    """All of them, each with statistics as coarse and as fine as there are; those per modality are
+    left out where there is no gate.
 
     PCA whitening has no finer statistics than those of all items: its groups would each have axes
     of their own. Standardisation has no coarser ones than I0T's.
     """
     d = c.features.pooled_nd.shape[1]
 
-    def row(name: str, by: By, fitted: Callable[..., Affine], *grid: Setting) -> Method:
+    def row(name: str, title: str, by: By, fitted: Callable[..., Affine], *grid: Setting) -> Method:
         def make(**setting: Any) -> list[Patch]:
             return one_patch(c, fitted(c.vectors().statistics(by), **setting))
 
-        return Method(f"{name}, {_BY_NAME[by]}", "unpaired items", make, grid or ({},))
+        return Method(
+            f"{name}-{by}",
+            f"{title}, {_BY_NAME[by]}",
+            "unpaired items",
+            make,
+            grid or ({},),
+            left_out=c.no_gate if by == "modality" and c.gate is None else "",
+        )
 
-    for by in ("all", *c.sides):
-        yield row("centring", by, fit.centre)
-    for by in c.sides:
-        yield row("standardisation (I0T)", by, fit.standardise)
-    for by in ("all", *c.sides):
+    for by in _ALL:
+        yield row("centre", "centring", by, fit.centre)
+    for by in _SIDES:
+        yield row("standardise", "standardisation (I0T)", by, fit.standardise)
+    for by in _ALL:
         ranks = [r for r in (1, 2, 4, 8, 16) if r < d // 2]
-        yield row("all-but-the-top", by, fit.all_but_the_top, *({"r": r} for r in ranks))
+        grid = [{"r": r} for r in ranks]
+        yield row("all-but-the-top", "all-but-the-top", by, fit.all_but_the_top, *grid)
     sizes = sorted({max(1, d // part) for part in (8, 4, 2, 1)})
-    yield row("PCA whitening", "all", fit.pca_whiten, *({"k": k} for k in sizes))
-    for by in ("all", *c.sides):
-        yield row("ZCA whitening", by, fit.zca_whiten)
-    for by in c.sides:
-        yield row("ReAlign", by, fit.realign, *({"beta": beta} for beta in BETAS))
-    if len(c.kinds_n.unique()) > 1:  # else there is nothing to tell apart
-        grid = tuple({"then": then} for then in ("nothing", "centre"))
-        yield Method("LEACE on the modality", "unpaired items", lambda then: _leace(c, then), grid)
+    yield row("pca-whiten", "PCA whitening", "all", fit.pca_whiten, *({"k": k} for k in sizes))
+    for by in _ALL:
+        yield row("zca-whiten", "ZCA whitening", by, fit.zca_whiten)
+    for by in _SIDES:
+        yield row("realign", "ReAlign", by, fit.realign, *({"beta": beta} for beta in BETAS))
+    alike = len(c.kinds_n.unique()) < 2
+    yield Method(
+        "leace",
+        "LEACE on the modality",
+        "unpaired items",
+        lambda then: _leace(c, then),
+        tuple({"then": then} for then in ("nothing", "centre")),
+        left_out="all items are of one kind" if alike else "",
+    )
 
 
 def _leace(c: Calibration, then: str) -> list[Patch]:

@@ -22,6 +22,7 @@ def rows(c: Calibration, site: str) -> Iterator[Method]:
     """
     text_c = c.concepts.modality > TEXT_DOMINANT
     selection = Selection(
+        "layer-text-dominant",
         f"text-dominant concepts removed at {site}",
         f"text-dominant ones at {site}",
         "unpaired items",
@@ -30,12 +31,17 @@ def rows(c: Calibration, site: str) -> Iterator[Method]:
     )
     yield from removals(c, selection, THEN, draws=1)
     rankings = {
-        "by attribution": c.concepts.attribution,
-        "by discriminative attribution, centred": -c.concepts.discriminative_centred,
+        "attribution": ("by attribution", c.concepts.attribution),
+        "discriminative-centred": (
+            "by discriminative attribution, centred",
+            -c.concepts.discriminative_centred,
+        ),
     }
     settings = [{"n": n} for n in _N_CONCEPTS if n < c.sae.n_concepts]
-    for name, ranking_c in rankings.items():
+    for name, (title, ranking_c) in rankings.items():
         strengths = partial(top_concepts, c, ranking_c)
-        named = f"{name}, at {site}"
-        selection = Selection(f"removed {named}", named, "pairs", strengths, settings)
+        titled = f"{title}, at {site}"
+        selection = Selection(
+            f"layer-{name}", f"removed {titled}", titled, "pairs", strengths, settings
+        )
         yield from removals(c, selection, THEN, draws=1)

@@ -1,4 +1,4 @@
-"""A row of the table: its name, what it needs, and patches for every setting it has."""
+"""A row of the table: its id and title, what it needs, and patches for every setting it has."""
 
 from __future__ import annotations
 
@@ -13,23 +13,33 @@ from patch_retriever.patch.operators import Affine, Subtract
 Needs = Literal["nothing", "unpaired items", "pairs", "training"]
 Setting = dict[str, Any]
 
+BASE = "base"
+"""The id of the chosen readout without a patch."""
 DRAWS = 3
 """Of every random control."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: patches for a setting; validation picks the setting.
+    """One row of the table: patches for a setting; held-out data picks the setting.
 
     `make` gives one patch, or some draws for a control, or none where a setting selects no
     concept of this SAE: it would be another method under this one's name.
     """
 
-    name: str
+    id: str
+    """What files, options and code call it: kebab-case, and the same in every version."""
+    title: str
+    """What the table calls it."""
     needs: Needs
     make: Callable[..., list[Patch]]
     grid: tuple[Setting, ...] = ({},)
-    control: bool = False
+    control_of: str | None = None
+    """The id of the method that it is a control of; a control is never chosen."""
+    concepts: bool = False
+    """Whether it is made of the SAE's concepts, so that it is no better than the SAE."""
+    left_out: str = ""
+    """Why it cannot be made here; empty where it can."""
 
 
 def one_patch(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patch_retriever.concepts.selection import TEXT_DOMINANT, like_in_energy, unimodal
+from patch_retriever.concepts.selection import (
+    TEXT_DOMINANT,
+    RandomConcepts,
+    random_outside,
+    unimodal,
+)
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
@@ -32,9 +37,10 @@ _THEN_REALIGN: tuple[Setting, ...] = (
 @dataclass(frozen=True)
 class Selection:
     """How concepts are selected: `strengths` gives the strength of every concept (c,) for each of
-    `settings`, 0 for those that stay. `name` and `alike` are what the row and its control say."""
+    `settings`, 0 for those that stay. `title` and `alike` are what the row and its control say."""
 
-    name: str
+    id: str
+    title: str
     alike: str
     needs: Needs
     strengths: Callable[..., Tensor]
@@ -51,6 +57,7 @@ def rows_from_unpaired_items(c: Calibration) -> Iterator[Method]:
     modality_c = c.concepts.modality  # 0.5 where a concept never fires
     selections = (
         Selection(
+            "text-dominant",
             "text-dominant concepts removed",
             "text-dominant ones",
             "unpaired items",
@@ -58,6 +65,7 @@ def rows_from_unpaired_items(c: Calibration) -> Iterator[Method]:
             [{"threshold": t, "strength": s} for t in _TEXT_DOMINANT for s in _STRENGTHS],
         ),
         Selection(
+            "unimodal",
             "unimodal concepts removed",
             "unimodal ones",
             "unpaired items",
@@ -68,20 +76,22 @@ def rows_from_unpaired_items(c: Calibration) -> Iterator[Method]:
     for selection in selections:
         yield from removals(c, selection, THEN)
     for selection in selections:
-        yield from removals(c, selection, _THEN_REALIGN, ", then ReAlign")
+        before = replace(selection, id=f"{selection.id}-realign")
+        yield from removals(c, before, _THEN_REALIGN, ", then ReAlign")
 
 
 def rows_from_pairs(c: Calibration) -> Iterator[Method]:
     """The n concepts that attribution or discriminative attribution names as distractors."""
+    by, scores = "by discriminative attribution", c.concepts
     rankings = {
-        "by attribution": c.concepts.attribution,
-        "by discriminative attribution, raw": -c.concepts.discriminative,
-        "by discriminative attribution, centred": -c.concepts.discriminative_centred,
+        "attribution": ("by attribution", scores.attribution),
+        "discriminative-raw": (f"{by}, raw", -scores.discriminative),
+        "discriminative-centred": (f"{by}, centred", -scores.discriminative_centred),
     }
     settings = [{"n": n} for n in _N_CONCEPTS if n < c.sae.n_concepts]
-    for name, ranking_c in rankings.items():
+    for name, (title, ranking_c) in rankings.items():
         strengths = partial(top_concepts, c, ranking_c)
-        selection = Selection(f"removed {name}", name, "pairs", strengths, settings)
+        selection = Selection(name, f"removed {title}", title, "pairs", strengths, settings)
         yield from removals(c, selection, THEN)
 
 
@@ -119,25 +129,37 @@ def removals(
     suffix: str = "",
     draws: int = DRAWS,
 ) -> Iterator[Method]:
-    """Removal of a selection, and what comes after; and its control, random concepts of matched
-    energy and the same strengths."""
+    """Removal of a selection, and what comes after; and its control, random concepts outside of it
+    with the same strengths and, as nearly as can be, the same energy."""
     grid = tuple({**setting, **after} for setting in selection.settings for after in afterwards)
 
     def removed(then: str, beta: float = 0.0, **setting: Any) -> list[Patch]:
-        return subtracting(c, selection.strengths(**setting), selection.name, then, beta)
+        return subtracting(c, selection.strengths(**setting), selection.title, then, beta)
 
     def random(then: str, beta: float = 0.0, **setting: Any) -> list[Patch]:
-        moved = _random_like(c, selection.strengths(**setting), draws)
-        return [p for moved_c in moved for p in subtracting(c, moved_c, "random", then, beta)]
+        strength_c = selection.strengths(**setting)
+        if not bool(strength_c.any()):
+            return []
+        found = []
+        for draw in range(draws):
+            other = random_outside(strength_c, c.concepts.energy, c.seed * 1000 + draw)
+            patches = subtracting(c, other.strength_c, "random", then, beta)
+            found += [with_match(patch, other) for patch in patches]
+        return found
 
-    yield Method(selection.name + suffix, selection.needs, removed, grid)
-    control = f"random concepts, energy as {selection.alike}{suffix}"
-    yield Method(control, selection.needs, random, grid, control=True)
+    title = selection.title + suffix
+    yield Method(selection.id, title, selection.needs, removed, grid, concepts=True)
+    yield Method(
+        f"{selection.id}-random",
+        f"random concepts, energy as {selection.alike}{suffix}",
+        selection.needs,
+        random,
+        grid,
+        control_of=selection.id,
+        concepts=True,
+    )
 
 
-def _random_like(c: Calibration, strength_c: Tensor, draws: int) -> Iterator[Tensor]:
-    """Draws of the same strengths on random concepts of about the same energy."""
-    for draw in range(draws):
-        moved_c = torch.empty_like(strength_c)
-        moved_c[like_in_energy(c.concepts.energy, c.seed * 1000 + draw)] = strength_c
-        yield moved_c
+def with_match(patch: Patch, drawn: RandomConcepts) -> Patch:
+    """A control's patch that says how well its concepts match those it controls for."""
+    return replace(patch, about={**patch.about, "match": drawn.match})

@@ -1,0 +1,169 @@
+"""What methods are chosen on: held-out validation or, where that is small, cross-validation.
+
+With few queries one split of them decides by chance. Then calibration and validation are one set,
+which is parted into folds so that no picture is in two: every method is fitted on all folds but one
+and answers the queries of that one against the documents of that one, for each fold in turn; what
+is exported is fitted on all of them. The SAE and the concepts' scores stay those of calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from patch_retriever.data import Data
+from patch_retriever.features import Features
+from patch_retriever.patch.artefact import Patch
+from patch_retriever.patch.calibration import Calibration, Layer
+from patch_retriever.patch.fit import GradedTask
+from patch_retriever.patch.methods import Method
+from patch_retriever.retrieval.collection import Collection
+
+SMALL = 1000
+"""Queries on validation below which choices are made by cross-validation."""
+SHARED = -1
+"""The fold of items that belong to every fold: texts of pictures in several."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Methods fitted on some items, and tasks over others by which they are judged; `features`
+    are those of the latter, by the patch that they are for."""
+
+    methods: tuple[Method, ...]
+    features: Callable[[Patch], Features]
+    collection: Collection
+
+
+def fitted_splits(data: Data, n_folds: int) -> tuple[str, ...]:
+    """The splits that the exported patch and all rows of the table are fitted on: calibration, and
+    validation where that is so small that choices are made by cross-validation."""
+    queries = sum(len(task.queries) for task in data.splits["validation"].tasks)
+    cross_validated = queries < SMALL and n_folds > 1
+    return ("calibration", "validation") if cross_validated else ("calibration",)
+
+
+def trials(
+    calibration: Calibration,
+    found: tuple[Method, ...],
+    data: Data,
+    features: Callable[[Sequence[str], Patch], Features],
+    methods: Callable[[Calibration], Iterator[Method]],
+    n_folds: int,
+) -> list[Trial]:
+    """One trial on validation of what was fitted on calibration, or one for every fold.
+
+    `found` are the methods fitted on `calibration`, which is of `fitted_splits`; `features`
+    gives those of some splits for a patch.
+    """
+    splits = fitted_splits(data, n_folds)
+    if len(splits) == 1:
+        validation = ("validation",)
+        held_out = data.splits["validation"]
+        return [Trial(found, lambda patch: features(validation, patch), held_out)]
+    collection = Collection.joined([data.splits[split] for split in splits])
+    fold_n = folds(collection, n_folds, calibration.seed)
+
+    def trial(fold: int) -> Trial:
+        fit_m, held_m = (
+            torch.from_numpy(np.flatnonzero(rows_n | (fold_n == SHARED)))
+            for rows_n in (fold_n != fold, fold_n == fold)
+        )
+        fitted = part_of(calibration, collection, fit_m)
+        asking = set(np.flatnonzero(fold_n == fold).tolist())
+        return Trial(
+            tuple(methods(fitted)),
+            lambda patch: features(splits, patch).rows(held_m),
+            collection.subset(held_m.tolist(), asking),
+        )
+
+    made = [trial(fold) for fold in range(n_folds)]
+    return [one for one in made if one.collection.tasks]
+
+
+def part_of(whole: Calibration, collection: Collection, rows_m: torch.Tensor) -> Calibration:
+    """Of a calibration set (`collection` are its items) some items and the pairs among them."""
+    part = collection.subset(rows_m.tolist())
+    layer = whole.layer
+    if layer is not None:
+        patched = layer.patched
+        layer = Layer(layer.site, lambda layers: patched(layers).rows(rows_m))
+    return replace(
+        whole, features=whole.features.rows(rows_m), layer=layer, **items_and_pairs(part)
+    )
+
+
+def items_and_pairs(collection: Collection) -> dict[str, Any]:
+    """What a `Calibration` holds of a collection: items by role, pairs by direction, tasks."""
+    directions = dict.fromkeys(task.direction for task in collection.tasks)
+    return {
+        "query_items": torch.tensor(sorted({i for t in collection.tasks for i in t.queries})),
+        "document_items": torch.tensor(sorted({i for t in collection.tasks for i in t.documents})),
+        "pairs": {one: torch.from_numpy(collection.pairs((one,))) for one in directions},
+        "tasks": tuple(GradedTask.of(t.queries, t.documents, t.relevant) for t in collection.tasks),
+    }
+
+
+def folds(collection: Collection, k: int, seed: int) -> np.ndarray:
+    """The fold of every item, (n,), folds of nearly equal size; no picture is in two.
+
+    Items stay together that share a picture or a text, or of which one answers the other. Where
+    that links nearly all (texts that belong to many pictures), only pictures keep together, and a
+    text whose pictures are in several folds is in every one (`SHARED`).
+    """
+    links = [
+        (query, task.documents[answer])
+        for task in collection.tasks
+        for query, answers in zip(task.queries, task.relevant, strict=True)
+        for answer in answers
+    ]
+    pictures = list(_alike(collection, texts=False))
+    group_n = _groups(len(collection.items), [*links, *pictures, *_alike(collection, texts=True)])
+    if np.bincount(group_n).max() <= 2 * len(group_n) / k:
+        return _dealt(group_n, k, seed)
+    fold_n = _dealt(_groups(len(collection.items), pictures), k, seed)
+    seen: list[set[int]] = [set() for _ in collection.items]
+    alone = [item.picture is None for item in collection.items]
+    for pair in links:
+        for text, other in (pair, pair[::-1]):
+            if alone[text] and not alone[other]:
+                seen[text].add(int(fold_n[other]))
+    for i, found in enumerate(seen):
+        if alone[i]:
+            fold_n[i] = found.pop() if len(found) == 1 else SHARED
+    return fold_n
+
+
+def _alike(collection: Collection, texts: bool) -> Iterator[tuple[int, int]]:
+    """Links between items that show the same picture, or have the same text."""
+    first: dict[str, int] = {}
+    for i, item in enumerate(collection.items):
+        keys = [item.text.casefold()] if texts and item.text is not None else []
+        keys += [] if texts else [picture.content_hash() for picture in item.pictures]
+        for key in keys:
+            yield i, first.setdefault(key, i)
+
+
+def _groups(n: int, links: Iterable[tuple[int, int]]) -> np.ndarray:
+    """The number of each item's connected component."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ends = np.array(list(links), dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _dealt(group_n: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Groups in random order, each to the fold with fewest items."""
+    sizes_g = np.bincount(group_n)
+    fold_g = np.empty(len(sizes_g), dtype=np.int64)
+    held_k = np.zeros(k, dtype=np.int64)
+    for group in np.random.default_rng(seed).permutation(len(sizes_g)):
+        fold_g[group] = held_k.argmin()
+        held_k[fold_g[group]] += sizes_g[group]
+    return fold_g[group_n]
