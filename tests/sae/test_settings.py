@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patch_retriever.sae.settings import SAESettings, training_steps
+from patch_retriever.sae.settings import SAESettings, learning_rate, training_steps
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,17 @@ from patch_retriever.sae.settings import SAESettings, training_steps
     ],
 )
 def test_the_input_scale_follows_from_the_site(asked, site, scale):
-    resolved = SAESettings(input_scale=asked).resolved(site, 7)
+    resolved = SAESettings(input_scale=asked).resolved(site, 192, 7)
     assert (resolved.input_scale, resolved.steps) == (scale, 7)
     assert resolved.scale_of_input == ("token" if scale == "token" else "none")
+
+
+def test_the_learning_rate_falls_with_the_root_of_the_number_of_concepts():
+    assert learning_rate(1) == learning_rate(1536) == 2e-3  # the built-in demo's
+    assert learning_rate(4 * 1536) == pytest.approx(1e-3)
+    assert learning_rate(16 * 576) == pytest.approx(8.165e-4, rel=1e-3)
+    assert SAESettings(expansion=16).resolved(None, 576, 1).lr == learning_rate(9216)
+    assert SAESettings(expansion=16, lr=0.5).resolved(None, 576, 1).lr == 0.5
 
 
 def test_steps_by_hand():

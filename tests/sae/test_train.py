@@ -361,7 +361,7 @@ def test_saes_of_one_pass_equal_each_trained_alone(source):
     together = train_saes(source, several)
     for settings, one in zip(several, together, strict=True):
         (alone,) = train_saes(source, [settings])
-        assert one.settings == settings.resolved(None, 60)
+        assert one.settings == settings.resolved(None, 16, 60)
         assert same(one.sae, alone.sae)
         assert one.about() == alone.about()
 

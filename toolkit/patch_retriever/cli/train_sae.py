@@ -79,8 +79,7 @@ DEFAULTS = SAESettings()
     "--lr",
     type=click.FloatRange(0),
     default=DEFAULTS.lr,
-    show_default=True,
-    help="Learning rate of Adam.",
+    help="Learning rate of Adam.  [default: 0.002, less with more than 1,536 concepts]",
 )
 @click.option(
     "--precision",

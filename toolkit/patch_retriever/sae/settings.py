@@ -42,7 +42,8 @@ class SAESettings:
     """None: as many as the number of tokens asks for (`training_steps`)."""
     batch_size: Annotated[int, Field(ge=1)] = 1024
     """Tokens per step, of all processes together."""
-    lr: Annotated[float, Field(ge=0)] = 2e-3
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Of Adam; None: what suits the number of concepts (`learning_rate`)."""
     warmup: Annotated[int, Field(ge=1)] = 20
     """Steps until the learning rate is reached; in the last fifth of all steps it falls to zero."""
     dead_after_tokens: Annotated[int, Field(ge=1)] = 61_440
@@ -61,18 +62,32 @@ class SAESettings:
     seed: Annotated[int, Field(ge=0)] | None = None
     """Of the weights and the order of tokens; the build's own where none is given."""
 
-    def resolved(self, site: str | None, steps: int) -> SAESettings:
-        """The same with nothing left open, for the activations of a site (None: unknown, so that
-        all tokens have one scale) and the steps of the training."""
+    def resolved(self, site: str | None, d: int, steps: int) -> SAESettings:
+        """The same with nothing left open, for activations of width d at a site (None: unknown, so
+        that all tokens have one scale) and the steps of the training."""
         scale = self.input_scale
         if scale == "auto":
             scale = "token" if site is not None and site.startswith("layers.") else "site"
-        return replace(self, input_scale=scale, steps=steps)
+        lr = self.peak_lr(self.expansion * d)
+        return replace(self, input_scale=scale, lr=lr, steps=steps)
+
+    def peak_lr(self, n_concepts: int) -> float:
+        """The learning rate between warm-up and decay."""
+        return learning_rate(n_concepts) if self.lr is None else self.lr
 
     @property
     def scale_of_input(self) -> InputScale:
         """What the trained SAE does with its input; settings have to be resolved."""
         return "token" if self.input_scale == "token" else "none"
+
+
+def learning_rate(n_concepts: int) -> float:
+    """2e-3, and above 1,536 concepts less by the square root of their number.
+
+    The law of Gao et al. 2024 (arXiv 2406.04093, figure 3). With 2e-3 for 9,216 concepts half of
+    them died on a real language model's residual stream, where 8e-4 left nine in ten alive.
+    """
+    return 2e-3 * min(1.0, 1536 / n_concepts) ** 0.5
 
 
 def training_steps(n_tokens: int | None, batch_size: int) -> int:

@@ -124,7 +124,6 @@ def train_saes(
     keep_freed_memory()
     common = settings[0]
     steps = common.steps or training_steps(source.n_tokens, common.batch_size)
-    settings = [s.resolved(site, steps) for s in settings]
     seed = common.seed or 0
     local_size = max(1, common.batch_size // processes.count)
     with ExitStack() as streams:
@@ -133,6 +132,7 @@ def train_saes(
         )
         opening = list(islice(stream, 8))
         first_nd = torch.cat([x_nd for x_nd, _ in opening])
+        settings = [s.resolved(site, first_nd.shape[1], steps) for s in settings]
         normalisations = {
             scale: Normalisation.of(first_nd, scale, processes)
             for scale in dict.fromkeys(s.scale_of_input for s in settings)
@@ -172,7 +172,8 @@ def train_saes(
                     extra_qd = pairs[own.scale_of_input].at(step)
                 batch_nd = x_nd if extra_qd is None else torch.cat([x_nd, extra_qd.to(x_nd.device)])
                 n_pairs = 0 if extra_qd is None else len(extra_qd) // 2
-                losses.append(learner.step(batch_nd, _lr(own, step, steps), n_pairs))
+                lr = own.peak_lr(len(learner.weights.b_enc_c)) * _schedule(own.warmup, step, steps)
+                losses.append(learner.step(batch_nd, lr, n_pairs))
             for i, loss in enumerate(losses):
                 fvu[i] += max(0.02, 1 / (step + 1)) * (float(loss.fvu) - fvu[i])
             if watch is not None and ((step + 1) % 10 == 0 or step + 1 == steps):
@@ -198,9 +199,9 @@ def train_saes(
     return trained
 
 
-def _lr(settings: SAESettings, step: int, steps: int) -> float:
-    """Linear warm-up; in the last fifth linearly down to zero."""
-    return settings.lr * min(1.0, (step + 1) / settings.warmup, 5 * (steps - step) / steps)
+def _schedule(warmup: int, step: int, steps: int) -> float:
+    """Of the learning rate: linear warm-up; in the last fifth linearly down to zero."""
+    return min(1.0, (step + 1) / warmup, 5 * (steps - step) / steps)
 
 
 def _learner(settings: SAESettings, x_nd: Tensor, processes: Processes) -> Learner:
