@@ -133,12 +133,12 @@ def fit(
     folds = config.folds_of_choice
     on = fitted_splits(data, folds)
     calibration = load_calibration(
-        readout, data, patched, sae, concepts, config.seed, config.patch_at, on
+        readout, data, patched, sae, concepts, config.seed, config.patch_at, on, config.codes
     )
     found = tuple(methods(calibration))
 
     def choose(folder: Path) -> None:
-        held_out = trials(calibration, found, data, patched.of_all, methods, folds)
+        held_out = trials(calibration, found, data, patched.of_all, methods, folds, config.codes)
         select(calibration, held_out, readout, folder, progress, found)
 
     selected = stage(

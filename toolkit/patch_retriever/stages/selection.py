@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import patch_retriever
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import TABLE
+from patch_retriever.concepts.scores import CodesOf
 from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.data import Data
 from patch_retriever.features import Features
@@ -31,6 +32,7 @@ from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.quality import problem
 from patch_retriever.stages.choice import Candidate, choose
 from patch_retriever.stages.features import SavedFeatures
+from patch_retriever.stages.scoring import scored
 from patch_retriever.stages.trials import Trial, items_and_pairs
 
 NO_CONCEPT = "no concept is selected in any setting"
@@ -45,10 +47,11 @@ def load_calibration(
     seed: int,
     layer: str | None = None,
     splits: Sequence[str] = ("calibration",),
+    codes: CodesOf = "tokens",
 ) -> Calibration:
     """What the methods learn from: the items of `splits`, with the finest gate that holds on
     calibration and validation. `layer` is where the SAE's activations are from, if not from the
-    readout."""
+    readout. Of more splits than calibration the concepts are scored anew, on `codes`."""
     found = Features.joined([features(split, {}) for split in splits])
     fitted_on, held_out = (features(split, {}) for split in ("calibration", "validation"))
     collection = Collection.joined([data.splits[split] for split in splits])
@@ -61,12 +64,15 @@ def load_calibration(
     def patched(layers: Mapping[str, Subtract]) -> Features:
         return Features.joined([features(split, layers) for split in splits])
 
+    sae, table = load_sae(sae_folder), ConceptTable.load(concepts / TABLE)
+    if len(splits) > 1:
+        table, _ = scored(found, collection, sae, codes, data.about)
     metrics = json.loads((sae_folder / "cfg.json").read_text())["metadata"].get("metrics", {})
     return Calibration(
         site=readout.site,
         features=found,
-        sae=load_sae(sae_folder),
-        concepts=ConceptTable.load(concepts / TABLE),
+        sae=sae,
+        concepts=table,
         gate=choice.gate,
         seed=seed,
         layer=None if layer is None else Layer(layer, patched),
