@@ -149,7 +149,15 @@ def make_calibration(splits: dict[str, Collection], d: int = 6):
     return made, whole
 
 
-def test_every_trial_is_fitted_on_the_items_that_it_is_not_judged_on():
+def test_every_trial_is_fitted_and_scored_on_the_items_that_it_is_not_judged_on(monkeypatch):
+    scored_on = []
+
+    def scored(features, collection, *_):
+        scored_on.append({tuple(row.tolist()) for row in features.pooled_nd})
+        assert np.array_equal(features.kinds_n.numpy(), collection.kinds())
+        return None, {}
+
+    monkeypatch.setattr("patch_retriever.stages.trials.scored", scored)
     splits = {
         s: pairs_collection(s, [pair(f"{s}{i}", f"{s}{i}") for i in range(n)])
         for s, n in (("calibration", 20), ("validation", 8))
@@ -182,6 +190,7 @@ def test_every_trial_is_fitted_on_the_items_that_it_is_not_judged_on():
             assert int(pairs_n2.max()) < len(c.features.pooled_nd)
             assert bool((c.kinds_n[pairs_n2[:, 0]] != c.kinds_n[pairs_n2[:, 1]]).all())
     assert queries == 2 * 28
+    assert scored_on == [{tuple(row.tolist()) for row in c.features.pooled_nd} for c in seen[1:]]
 
 
 def test_with_one_fold_validation_alone_judges_what_calibration_gave():
@@ -215,3 +224,4 @@ def test_with_an_adapter_validation_alone_decides():
     assert config.folds_of_choice == config.folds == 5
     assert BuildConfig.read(None, adapter={"method": "lora"}).folds_of_choice == 1
     assert BuildConfig.read(None, adapter_from="there").folds_of_choice == 1
+    assert BuildConfig.read(None, patch_at="layers.1").folds_of_choice == 1

@@ -96,9 +96,9 @@ class BuildConfig(BaseModel):
 
     @property
     def folds_of_choice(self) -> int:
-        """Folds by which methods are chosen: one, validation, for an adapter, since it was trained
-        on the calibration pairs, and for what is compared with it."""
-        return 1 if self.with_adapter else self.folds
+        """Folds by which methods are chosen: one, validation, where an adapter was trained on the
+        calibration pairs, or concepts were scored on them in a layer."""
+        return 1 if self.with_adapter or self.patch_at else self.folds
 
     @property
     def adapter_settings(self) -> AdapterSettings:

@@ -38,7 +38,7 @@ def task(queries, documents):
 TASKS = (task(0, 1), task(1, 0), task(2, 1))
 X_ND = make_items()
 PAIRS = {0: torch.stack([torch.arange(PER_KIND), torch.arange(PER_KIND) + PER_KIND], 1)}
-START = fit.cca(X_ND, KINDS_N, PAIRS, 0.8, 8)
+START = fit.cca(fit.PairStatistics(X_ND, KINDS_N, PAIRS), 0.8, 8)
 
 
 def loss_of(step, one, temperature):
@@ -75,7 +75,7 @@ def test_it_begins_where_the_closed_form_ends():
 def test_the_scale_of_the_vectors_does_not_matter():
     """As far as the closed form it starts from does not depend on it."""
     found, _ = fit.contrastive(X_ND, KINDS_N, START, TASKS, QUICK, seed=0)
-    start = fit.cca(100 * X_ND, KINDS_N, PAIRS, 0.8, 8)
+    start = fit.cca(fit.PairStatistics(100 * X_ND, KINDS_N, PAIRS), 0.8, 8)
     other, _ = fit.contrastive(100 * X_ND, KINDS_N, start, TASKS, QUICK, seed=0)
     unit = torch.nn.functional.normalize
     e_ne, other_ne = (
@@ -133,7 +133,7 @@ def test_a_concept_that_misleads_is_subtracted():
     row_d = torch.nn.functional.normalize(normal(D, seed=6), dim=0)
     x_nd = X_ND + 6 * fires_n[:, None] * row_d
     codes_nc = torch.stack([6.0 * fires_n, torch.zeros(3 * PER_KIND)], 1)
-    start = fit.cca(x_nd, KINDS_N, PAIRS, 0.8, 8)
+    start = fit.cca(fit.PairStatistics(x_nd, KINDS_N, PAIRS), 0.8, 8)
     concepts = ConceptCodes(Codes.from_dense(codes_nc), torch.stack([row_d, normal(D, seed=7)]))
     longer = ContrastiveSettings(steps=150)
     found, strength_c = fit.contrastive(x_nd, KINDS_N, start, TASKS, longer, 0, concepts)

@@ -143,13 +143,14 @@ def fit(
         config.seed,
         config.patch_at,
         on,
+        config.codes,
         fitting_device(device_of(transformer)),
         config.max_calibration_items,
     )
     found, most = tuple(methods(calibration)), config.max_calibration_items
 
     def choose(folder: Path) -> None:
-        held_out = trials(calibration, found, data, patched.of_all, methods, folds)
+        held_out = trials(calibration, found, data, patched.of_all, methods, folds, config.codes)
         select(calibration, held_out, readout, folder, progress, found)
 
     selected = stage(

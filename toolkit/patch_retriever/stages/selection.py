@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import patch_retriever
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.concepts.query import TABLE
+from patch_retriever.concepts.scores import CodesOf
 from patch_retriever.concepts.table import ConceptTable
 from patch_retriever.data import Data
 from patch_retriever.features import Features
@@ -33,6 +34,7 @@ from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.quality import problem
 from patch_retriever.stages.choice import Candidate, choose
 from patch_retriever.stages.features import SavedFeatures
+from patch_retriever.stages.scoring import scored
 from patch_retriever.stages.trials import Trial, items_and_pairs
 
 NO_CONCEPT = "no concept is selected in any setting"
@@ -47,15 +49,17 @@ def load_calibration(
     seed: int,
     layer: str | None = None,
     splits: Sequence[str] = ("calibration",),
+    codes: CodesOf = "tokens",
     device: str = "cpu",
     most: int | None = None,
 ) -> Calibration:
     """What the methods learn from: the items of `splits`, with the finest gate that holds on
     calibration and validation.
 
-    `layer` is where the SAE's activations are from, if not from the readout; methods are fitted on
-    `device`, with at most `most` items of each modality (None: all, and always all where there are
-    so few that they are cross-validated).
+    `layer` is where the SAE's activations are from, if not from the readout. Of more splits than
+    calibration the concepts are scored anew, on `codes`. Methods are fitted on `device`, with at
+    most `most` items of each modality (None: all, and always all where there are so few that they
+    are cross-validated).
     """
     fitted_on, held_out = (features(split, {}) for split in ("calibration", "validation"))
     collection = Collection.joined([data.splits[split] for split in splits])
@@ -75,12 +79,16 @@ def load_calibration(
         whole = Features.joined([features(split, layers) for split in splits])
         return whole if len(kept_m) == of_items else whole.rows(kept_m)
 
+    found = patched({})
+    sae, table = load_sae(sae_folder), ConceptTable.load(concepts / TABLE)
+    if len(splits) > 1:
+        table, _ = scored(found, collection, sae, codes, data.about)
     metrics = json.loads((sae_folder / "cfg.json").read_text())["metadata"].get("metrics", {})
     return Calibration(
         site=readout.site,
-        features=patched({}),
-        sae=load_sae(sae_folder),
-        concepts=ConceptTable.load(concepts / TABLE),
+        features=found,
+        sae=sae,
+        concepts=table,
         gate=choice.gate,
         seed=seed,
         layer=None if layer is None else Layer(layer, patched),
