@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from torch import Tensor
 
+_QUERIES_FOR_PROMPT = 50
+"""Of every task, that prompts are compared on."""
 _PAIRS_FOR_MEANS, _PAIRS_FOR_ALIGNMENT = 50, 2000
 """Calibration pairs of every direction that readouts are centred and aligned by."""
 _SHRINKAGE = 0.5
@@ -60,8 +62,9 @@ def choose_readout(
 ) -> None:
     """Try every readout of the grid on validation; writes `readout.json` (all scores, the best).
 
-    First the prompt, by readouts as they are and centred, with means from a few calibration items.
-    Then, for that prompt, the end of the decoder and the pooling, by readouts aligned as well.
+    First the prompt, on a few queries of every task, by readouts as they are and centred, with
+    means from a few calibration items. Then, for that prompt and on all queries, the end of the
+    decoder and the pooling, by readouts aligned as well.
     """
     if config.preset == "paper":
         chosen = replace(PAPER_READOUT, max_tokens=config.max_tokens)
@@ -83,16 +86,19 @@ def choose_readout(
     def pooled(items: Sequence[Item], readouts: Sequence[Readout]) -> dict[Readout, Tensor]:
         return collect_pooled(transformer, items, readouts, config.batch_size, progress)
 
-    validation = data.splits["validation"]
-    held_out = pooled(validation.items, grid)
-    few = Sample.of(data.splits["calibration"], _PAIRS_FOR_MEANS)
-    seen = pooled(few.items, grid)
-    scores = {r: _scores(seen.pop(r), few, held_out[r], validation, align=False) for r in grid}
-    prompt = max(grid, key=lambda readout: scores[readout].best).prompt
-    rest = [readout for readout in grid if readout.prompt == prompt]
-    many = Sample.of(data.splits["calibration"], _PAIRS_FOR_ALIGNMENT)
-    seen = pooled(many.items, rest)
-    scores |= {r: _scores(seen.pop(r), many, held_out[r], validation, align=True) for r in rest}
+    calibration, validation = data.splits["calibration"], data.splits["validation"]
+    scores: dict[Readout, Scores] = {}
+    rest = grid
+    if len(prompts) > 1:
+        asked = some_queries(validation, _QUERIES_FOR_PROMPT)
+        few = Sample.of(calibration, _PAIRS_FOR_MEANS)
+        held_out, seen = pooled(asked.items, grid), pooled(few.items, grid)
+        scores = {r: _scores(seen[r], few, held_out[r], asked, align=False) for r in grid}
+        prompt = max(grid, key=lambda readout: scores[readout].best).prompt
+        rest = [readout for readout in grid if readout.prompt == prompt]
+    many = Sample.of(calibration, _PAIRS_FOR_ALIGNMENT)
+    held_out, seen = pooled(validation.items, rest), pooled(many.items, rest)
+    scores |= {r: _scores(seen[r], many, held_out[r], validation, align=True) for r in rest}
     best = max(rest, key=lambda readout: scores[readout].best)
     values = {
         "chosen": best.to_json(),
@@ -100,6 +106,17 @@ def choose_readout(
         "by": {readout.name: asdict(found) for readout, found in scores.items()},
     }
     write_json(folder / "readout.json", values)
+
+
+def some_queries(collection: Collection, queries: int) -> Collection:
+    """A part of a collection: up to `queries` of every task, spread evenly over all, with what
+    answers them; what answers one is there for the others to be told from it."""
+    chosen: set[int] = set()
+    for task in collection.tasks:
+        every = max(1, -(-len(task.queries) // queries))
+        for query, answers in list(zip(task.queries, task.relevant, strict=True))[::every]:
+            chosen |= {query, *(task.documents[answer] for answer in answers)}
+    return collection.subset(sorted(chosen))
 
 
 @dataclass(frozen=True)
