@@ -94,10 +94,11 @@ def test_gains_on_random_directions_without_a_change_would_change_nothing():
     """The codes of the directions rebuild every vector, so gains of one are the identity."""
     from patch_retriever.patch.methods import gains
 
+    setting = METHODS["learned-gains-untrained"].grid[0]
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(gains, "learn_gains", lambda _, codes, *__: torch.ones(codes.shape[1]))
-        setting = METHODS["learned-gains-untrained"].grid[0]
-        (patch,) = METHODS["learned-gains-untrained"].make(**setting)
+        patching.setattr(gains, "learn_gains", lambda _, parts, *__: torch.ones(parts.n_gains))
+        made = {method.id: method for method in methods(make_calibration())}
+        (patch,) = made["learned-gains-untrained"].make(**setting)
     assert torch.allclose(patch.maps[-1].weight_gde[0], torch.eye(D), atol=1e-5)
     (patch,) = METHODS["learned-gains-untrained"].make(**setting)
     assert float((patch.maps[-1].weight_gde[0] - torch.eye(D)).abs().max()) > 0.01
