@@ -70,7 +70,8 @@ class Style:
     @cached_property
     def centred_codes(self) -> CentredCodes:
         """Pooled codes less the mean of their kind, times the dictionary."""
-        return CentredCodes.of(self.c.features.codes, self.kinds_n, self.c.sae.W_dec_cd)
+        width = self.c.features.pooled_nd.shape[1]
+        return CentredCodes.of(self.c.features.codes, self.kinds_n, self.c.sae.W_dec_cd, width)
 
     @cached_property
     def components(self) -> Tensor:

@@ -157,7 +157,8 @@ class Calibration:
     @cached_property
     def centred_codes(self) -> CentredCodes:
         """Pooled codes less the mean of their kind, times the dictionary."""
-        return CentredCodes.of(self.features.codes, self.kinds_n, self.dictionary_cw)
+        width = self.features.pooled_nd.shape[1]
+        return CentredCodes.of(self.features.codes, self.kinds_n, self.sae.W_dec_cd, width)
 
 
 @dataclass(frozen=True)

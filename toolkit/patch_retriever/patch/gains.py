@@ -25,8 +25,6 @@ class GainSettings:
     lr: float = 0.05
     temperature: float = 0.05
     batch_size: int = 512
-    sparsity: float = 0.0
-    """Penalty on the mean of 1 - gain: how much a subtracted concept has to earn."""
 
 
 class Parts(Protocol):
@@ -48,7 +46,8 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class CentredCodes:
-    """Codes less the mean of their item's kind, times the dictionary.
+    """Codes less the mean of their item's kind, times the dictionary, in vectors of `width` entries
+    of which the dictionary has the first d.
 
     `means_kc` are the mean codes, `kinds_n` every item's row there; a row of zeros leaves codes as
     they are. (z - mean) D is the active entries' rows of D less one product for each kind.
@@ -58,14 +57,17 @@ class CentredCodes:
     means_kc: Tensor
     kinds_n: Tensor
     dictionary_cd: Tensor
+    width: int
 
     @classmethod
-    def of(cls, codes: Codes, kinds_n: Tensor, dictionary_cd: Tensor) -> CentredCodes:
+    def of(
+        cls, codes: Codes, kinds_n: Tensor, dictionary_cd: Tensor, width: int | None = None
+    ) -> CentredCodes:
         """Codes less the mean of their kind; those of no kind (-1) as they are."""
         means = [codes[torch.eq(kinds_n, k).nonzero()[:, 0]].mean() for k in range(3)]
         means_kc = torch.stack([*means, torch.zeros(codes.n_concepts)])
         rows_n = torch.where(kinds_n < 0, len(means), kinds_n.long())
-        return cls(codes, means_kc, rows_n, dictionary_cd)
+        return cls(codes, means_kc, rows_n, dictionary_cd, width or dictionary_cd.shape[1])
 
     @property
     def n_gains(self) -> int:
@@ -73,10 +75,11 @@ class CentredCodes:
         return self.codes.n_concepts
 
     def weighted(self, items_m: Tensor, weight_c: Tensor) -> Tensor:
-        """((codes - means) * weights) D of some items, (m, d)."""
-        active_md = self.codes[items_m].scaled(weight_c).matmul(self.dictionary_cd)
+        """((codes - means) * weights) D of some items, (m, width)."""
+        active_md = self.codes[items_m].weighted_matmul(weight_c, self.dictionary_cd)
         mean_kd = (self.means_kc * weight_c) @ self.dictionary_cd
-        return active_md - mean_kd.index_select(0, self.kinds_n[items_m])
+        parts_md = active_md - mean_kd.index_select(0, self.kinds_n[items_m])
+        return torch.nn.functional.pad(parts_md, (0, self.width - parts_md.shape[1]))
 
     def to(self, device: str) -> CentredCodes:
         """The same on a device."""
@@ -85,6 +88,7 @@ class CentredCodes:
             self.means_kc.to(device),
             self.kinds_n.to(device),
             self.dictionary_cd.to(device),
+            self.width,
         )
 
 
@@ -143,7 +147,6 @@ def learn_gains(
         # index_select: the backward pass of plain indexing adds in no fixed order on many threads
         q_nd, d_nd = (e_md.index_select(0, places_n) for places_n in places_n2.T)
         loss = _info_nce(q_nd, d_nd, places_n2, settings.temperature)
-        loss = loss + settings.sparsity * removed_c.mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

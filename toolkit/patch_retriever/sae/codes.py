@@ -10,6 +10,9 @@ from torch import Tensor
 
 from patch_retriever.sae.ops import starts_of, weighted_rows
 
+_DENSE = 10
+"""One in so many codes active makes a dense product of a batch the faster one."""
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -135,6 +138,16 @@ class Codes:
         values_e = self.values_e.to(dictionary_cd.dtype)
         return weighted_rows(values_e, self.concepts_e, self.starts_n1[:-1], dictionary_cd)
 
+    def weighted_matmul(self, weight_c: Tensor, dictionary_cd: Tensor) -> Tensor:
+        """(codes * weights) @ dictionary, (n, d), differentiable in `weight_c`; of a batch.
+
+        Where more than one in ten codes is active (means over many tokens) a dense product is
+        faster than one through entries, and makes a matrix (n, c).
+        """
+        if len(self.values_e) > len(self) * self.n_concepts / _DENSE:
+            return (self.dense() * weight_c) @ dictionary_cd
+        return self.scaled(weight_c).matmul(dictionary_cd)
+
     def transposed(self) -> Codes:
         """The matrix (c, n): a row for every concept, with the items that it is active in."""
         order_e = self.concepts_e.argsort(stable=True)
@@ -155,6 +168,6 @@ class Codes:
 
     def dense(self) -> Tensor:
         """As a dense matrix (n, c)."""
-        out_nc = torch.zeros(len(self), self.n_concepts)
+        out_nc = self.values_e.new_zeros(len(self), self.n_concepts)
         out_nc[self.rows_e, self.concepts_e] = self.values_e
         return out_nc

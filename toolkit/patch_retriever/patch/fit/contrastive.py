@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from patch_retriever.patch.operators import Affine
 from patch_retriever.sae.codes import Codes
@@ -59,15 +60,15 @@ class GradedTask:
 
 @dataclass(frozen=True)
 class ConceptCodes:
-    """The items' pooled codes, and what every concept adds to the vectors that are aligned: a row
-    (w,) of `dictionary_cw` for a concept."""
+    """The items' pooled codes, and what every concept adds to the first d entries of the vectors
+    that are aligned: a row of `dictionary_cd` for a concept."""
 
     codes: Codes
-    dictionary_cw: Tensor
+    dictionary_cd: Tensor
 
     def to(self, device: str) -> ConceptCodes:
         """The same on a device."""
-        return ConceptCodes(self.codes.to(device), self.dictionary_cw.to(device))
+        return ConceptCodes(self.codes.to(device), self.dictionary_cd.to(device))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ContrastiveSettings:
     """Of Adam, in units of the root mean square of the map's weights; falls linearly to zero."""
     temperature: float = 0.1
     queries: int = 512
-    documents: int = 4096
+    documents: int = 512
     """In a step, beside those that are relevant to its queries."""
     strength_lr: float = 0.03
     """Of the concepts' strengths, where they are learned too."""
@@ -113,7 +114,7 @@ def contrastive(
     rates = [([weight_gde, bias_ge], settings.lr)]
     strength_c = None
     if concepts is not None:
-        strength_c = x_nd.new_zeros(len(concepts.dictionary_cw), requires_grad=True)
+        strength_c = x_nd.new_zeros(len(concepts.dictionary_cd), requires_grad=True)
         rates.append(([strength_c], settings.strength_lr))
     optimizer = torch.optim.Adam([{"params": params, "lr": lr} for params, lr in rates])
 
@@ -126,8 +127,9 @@ def contrastive(
     def embedded(items_m: Tensor) -> Tensor:
         x_md = x_nd[items_m]
         if concepts is not None and strength_c is not None:
-            codes = concepts.codes[items_m].scaled(strength_c.clamp(-1, 1))
-            x_md = x_md - codes.matmul(concepts.dictionary_cw)
+            codes, strength = concepts.codes[items_m], strength_c.clamp(-1, 1)
+            removed_md = codes.weighted_matmul(strength, concepts.dictionary_cd)
+            x_md = x_md - pad(removed_md, (0, x_md.shape[1] - removed_md.shape[1]))
         return _embedded(x_md, kinds_n[items_m], *current())
 
     for step in range(settings.steps):

@@ -43,7 +43,7 @@ def _pair(c: Calibration, first: str, second: str, strength: float) -> list[Patc
     if first == "removal":
         strength_c = top_concepts(c, -c.concepts.discriminative_centred, 64)
     else:
-        strength_c = strengths_from_gains(c, first.removeprefix("gains from "), 0.0)
+        strength_c = strengths_from_gains(c, first.removeprefix("gains from "))
     if not bool(strength_c.any()):
         return []
     subtract = Subtract.from_sae(c.sae, strength_c)

@@ -12,7 +12,7 @@ from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.methods.alignment import cca, unaligned
-from patch_retriever.patch.methods.method import DRAWS, Method, one_patch
+from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.operators import Affine, Subtract
 
 _SHRINKAGE, _MEAN_WEIGHT = 0.5, 1.0
@@ -26,7 +26,7 @@ def rows(c: Calibration) -> Iterator[Method]:
     control, in which what is subtracted is another concept's row.
 
     Concepts fire or not, which no affine map can say: so there is something that they can add to
-    the best of maps. The control has that as well.
+    the best of maps. The control has that as well. It is one draw, since it is learned.
     """
     why = unaligned(c)
     yield Method(
@@ -44,7 +44,7 @@ def rows(c: Calibration) -> Iterator[Method]:
         "contrastive-concepts-shuffled",
         "contrastive alignment with shuffled concepts",
         "pairs",
-        lambda: _patches(c, range(DRAWS)),
+        lambda: _patches(c, [0]),
         control_of="contrastive-concepts",
         concepts=True,
         left_out=why,
@@ -74,10 +74,10 @@ def _with_concepts(c: Calibration, draw: int | None) -> list[Patch]:
         generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
         rows_c = torch.randperm(c.sae.n_concepts, generator=generator)
     *before, start = cca(c, _SHRINKAGE, _mean_weight(c))
-    dictionary_cw = c.dictionary_cw[rows_c]
-    for step in before:
-        dictionary_cw = dictionary_cw @ step.weight_gde[0]
-    concepts = fit.ConceptCodes(c.features.codes, dictionary_cw)
+    dictionary_cd, d = c.sae.W_dec_cd[rows_c], c.sae.d_in
+    for step in before:  # parts are weighed by themselves
+        dictionary_cd = dictionary_cd @ step.weight_gde[0, :d, :d]
+    concepts = fit.ConceptCodes(c.features.codes, dictionary_cd)
     step, strength_c = _learned(c, before, start, concepts)
     assert strength_c is not None
     strength_c = torch.where(strength_c.abs() < _LEAST, 0.0, strength_c)

@@ -19,15 +19,13 @@ from patch_retriever.patch.operators import Affine
 
 
 def rows(c: Calibration) -> Iterator[Method]:
-    """Gains from pairs of texts and images, or from all pairs; with a penalty for everything that
-    is changed, or without."""
-    which = ("text-image", "all")
-    grid = tuple({"pairs": pairs, "sparsity": s} for pairs in which for s in (0.0, 0.3))
+    """Gains from pairs of texts and images, or from all pairs."""
+    grid = tuple({"pairs": pairs} for pairs in ("text-image", "all"))
     yield Method(
         "learned-gains",
         "learned gains",
         "pairs",
-        lambda **setting: _gained(c, **setting),
+        lambda pairs: _gained(c, pairs),
         grid,
         concepts=True,
     )
@@ -35,7 +33,7 @@ def rows(c: Calibration) -> Iterator[Method]:
         "learned-gains-shuffled",
         "learned gains, shuffled",
         "pairs",
-        lambda **setting: _shuffled(c, **setting),
+        lambda pairs: _shuffled(c, pairs),
         grid,
         control_of="learned-gains",
         concepts=True,
@@ -44,7 +42,7 @@ def rows(c: Calibration) -> Iterator[Method]:
         "learned-gains-untrained",
         "gains on random directions",
         "pairs",
-        lambda **setting: _untrained(c, **setting),
+        lambda pairs: _untrained(c, pairs),
         grid,
         control_of="learned-gains",
     )
@@ -52,26 +50,26 @@ def rows(c: Calibration) -> Iterator[Method]:
         "principal-gains",
         "gains on principal components",
         "pairs",
-        lambda **setting: _principal(c, **setting),
+        lambda pairs: _principal(c, pairs),
         grid,
     )
 
 
-def _gained(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
-    reason = f"learned gains from {pairs} pairs, sparsity {sparsity}"
-    return subtracting(c, strengths_from_gains(c, pairs, sparsity), reason, "centre")
+def _gained(c: Calibration, pairs: str) -> list[Patch]:
+    reason = f"learned gains from {pairs} pairs"
+    return subtracting(c, strengths_from_gains(c, pairs), reason, "centre")
 
 
-def strengths_from_gains(c: Calibration, pairs: str, sparsity: float) -> Tensor:
+def strengths_from_gains(c: Calibration, pairs: str) -> Tensor:
     """1 - gain of every concept (c,), learned on centred codes; gains above 0.98 leave a concept
     alone."""
-    key = ("gains", pairs, sparsity)  # asked for again by every pair of methods with gains
+    key = ("gains", pairs)  # asked for again by every pair of methods with gains
     if key not in c.cache:
         gains_c = learn_gains(
             c.centred_nd,
             c.centred_codes,
             _pairs(c, pairs),
-            GainSettings(sparsity=sparsity),
+            GainSettings(),
             c.seed,
             c.device,
         )
@@ -86,9 +84,9 @@ def _pairs(c: Calibration, which: str) -> list[Tensor]:
     return [pairs for name, pairs in c.pairs.items() if name in ("t->i", "i->t")]
 
 
-def _shuffled(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
+def _shuffled(c: Calibration, pairs: str) -> list[Patch]:
     """Draws of the learned strengths, dealt out anew among the concepts that fire."""
-    strength_c = strengths_from_gains(c, pairs, sparsity)
+    strength_c = strengths_from_gains(c, pairs)
     found = []
     for draw in range(DRAWS):
         other = shuffled(strength_c, c.concepts.energy, c.seed * 1000 + draw)
@@ -97,7 +95,7 @@ def _shuffled(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
     return found
 
 
-def _untrained(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
+def _untrained(c: Calibration, pairs: str) -> list[Patch]:
     """Gains of as many random unit directions as there are concepts (no more than can be told
     apart: 4 d), with the smallest codes that rebuild every vector. One draw: it is learned."""
     d = c.centred_nd.shape[1]
@@ -106,16 +104,16 @@ def _untrained(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
     directions_md = torch.randn(n, d, generator=generator)
     directions_md = torch.nn.functional.normalize(directions_md, dim=1).double()
     encoder_dm = torch.linalg.lstsq(directions_md, torch.eye(n, dtype=torch.float64)).solution
-    return _affine_gains(c, "random", encoder_dm, directions_md, pairs, sparsity)
+    return _affine_gains(c, "random", encoder_dm, directions_md, pairs)
 
 
-def _principal(c: Calibration, pairs: str, sparsity: float) -> list[Patch]:
+def _principal(c: Calibration, pairs: str) -> list[Patch]:
     if "components" not in c.cache:
         everything = torch.arange(len(c.kinds_n))
         vectors_dd = fit.Moments(c.centred_nd, everything, c.device).spectrum[1]
         c.cache["components"] = vectors_dd.cpu()
     vectors_dd = c.cache["components"]
-    return _affine_gains(c, "principal", vectors_dd, vectors_dd.T, pairs, sparsity)
+    return _affine_gains(c, "principal", vectors_dd, vectors_dd.T, pairs)
 
 
 def _affine_gains(
@@ -124,17 +122,16 @@ def _affine_gains(
     encoder_dm: Tensor,
     directions_md: Tensor,
     pairs: str,
-    sparsity: float,
 ) -> list[Patch]:
     """Centring, then x - ((1 - g) * (x E)) D, g learned; E and D are the encoder and directions."""
-    key = (name, pairs, sparsity)  # made for the choice and for test
+    key = ("gains", name, pairs)  # made for the choice and for test
     if key not in c.cache:
         coordinates_nm = (c.centred_nd.double() @ encoder_dm).float()
         c.cache[key] = learn_gains(
             c.centred_nd,
             Components(coordinates_nm, directions_md.float()),
             _pairs(c, pairs),
-            GainSettings(sparsity=sparsity),
+            GainSettings(),
             c.seed,
             c.device,
         )
