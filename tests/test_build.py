@@ -324,7 +324,7 @@ def test_photos_in_one_file_survive_a_kill_and_give_what_the_photos_themselves_g
     table = pa.table({"image": images, "caption": [row["text"] for row in rows]})
     folder = tmp_path_factory.mktemp("stored")
     pq.write_table(table, folder / "photos.parquet", row_group_size=9)
-    settings = {"pairs": str(folder / "photos.parquet"), "sae": SMALL_SAE}
+    settings = {"pairs": str(folder / "photos.parquet"), "sae": SMALL_SAE, "folds": 1}
     kill_in("collect", folder / "out", random_model, **settings)
     build_retriever(folder / "out", model=str(random_model), **settings)
     settings["pairs"] = str(photo_folder)

@@ -93,7 +93,7 @@ def test_merged_loads_plainly_and_equals_the_trained_model(
     for stage in ("collect", "sae", "features", "score", "select"):
         assert f"{stage}: done before" in said
     report = json.loads((out / "report" / "table.json").read_text())
-    rows = {row["method"]: row for row in report["rows"] if row["needs"] == "training"}
+    rows = {row["id"]: row for row in report["rows"] if row["needs"] == "training"}
     assert {ALONE, OWN} < set(rows)
     assert len(rows) == 3
     assert "needs training" in (out / "report" / "table.txt").read_text()
@@ -224,13 +224,36 @@ def test_validation_may_keep_the_patch_alone(adapted, finished_build, random_mod
     assert "after the adapter" in (adapted / "report" / "report.html").read_text()
 
 
+def test_a_row_of_the_adapted_model_is_exported_by_its_id(adapted, tmp_path):
+    done = invoke("export", adapted, "--method", ALONE, "-o", tmp_path / "alone")
+    assert done.exit_code == 0, done.stderr
+    assert "adapter: done before" in done.stderr and "test: done before" in done.stderr
+    patch = Patch.load(tmp_path / "alone" / "patch")
+    assert patch.about["id"] == ALONE and not patch.maps and patch.subtract is None
+    assert json.loads((tmp_path / "alone/golden/result.json").read_text())["max_abs_diff"] <= 1e-5
+    assert "merged into the weights" in (tmp_path / "alone" / "README.md").read_text()
+    model = SentenceTransformer(str(tmp_path / "alone"), device="cpu")
+    found = np.abs(model.encode(ITEMS) - SentenceTransformer(str(adapted)).encode(ITEMS))
+    assert found.max() > 1e-3
+
+
+def test_a_row_of_the_unadapted_model_is_exported_without_the_adapter(
+    adapted, finished_build, tmp_path
+):
+    done = invoke("export", adapted, "--method", "base", "-o", tmp_path / "base")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "base/model.safetensors").read_bytes() == (
+        finished_build / "model.safetensors"
+    ).read_bytes()
+
+
 @pytest.mark.usefixtures("prefer_adapted")
 def test_with_concepts_subtracted_in_a_layer(random_model, tmp_path):
     """Training goes through the subtraction in the layer, and its energies are read there."""
     out = tmp_path / "out"
     settings = {**SETTINGS, "patch_at": "layers.0", "adapter": ADAPTER}
     result = build_retriever(out, model=str(random_model), **settings)
-    assert any(row["method"] == OWN for row in result.report["rows"])
+    assert any(row["id"] == OWN for row in result.report["rows"])
     log = json.loads((out / "run" / "adapter" / "training.json").read_text())
     assert log["looks"][0]["up_share"] > 0
     golden = json.loads((out / "golden" / "result.json").read_text())
@@ -249,7 +272,7 @@ def test_adapt_in_a_fresh_process(finished_build, tmp_path):
     assert "step 2: contrastive" in done.stderr
     assert "share of energy to grow" in done.stderr
     assert "needs training" in done.stdout
-    assert ALONE in done.stdout
+    assert "adapter alone" in done.stdout
     config = BuildConfig.read(out / MARKER)
     assert config.adapter == AdapterSettings(rank=2, steps=2, batch_size=4, hard_negatives=0)
     again = invoke("adapt", out, *options)
