@@ -72,9 +72,9 @@ def test_methods_take_no_more_for_ten_times_the_pairs():
 
 def test_the_store_is_bounded_by_what_training_reads():
     assert store_tokens(sizes_of(200)) == 100 * (64 + 100 + 24)
-    assert store_tokens(sizes_of(50_000)) == 2_000_000
+    assert store_tokens(sizes_of(50_000)) == 2_048_000
     assert store_tokens(sizes_of(500_000, sae_steps=5_000, sae_batch=1_024)) == 5_120_000
-    assert stage(sizes_of(50_000), "collect").disk == 2_000_000 * (2 * 64 + 6)
+    assert stage(sizes_of(50_000), "collect").disk == 2_048_000 * (2 * 64 + 7)
 
 
 def test_a_features_file_is_as_large_as_planned(tmp_path):

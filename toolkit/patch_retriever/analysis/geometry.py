@@ -62,8 +62,9 @@ def removal_table(build: Finished, progress: Progress) -> Exhibit:
     top_m = c.concepts.attribution.argsort(descending=True, stable=True)[:n]
     seeds = [c.seed * 1000 + draw for draw in range(DRAWS)]
     top = [c.dictionary_cw[top_m]]
+    width = c.features.pooled_nd.shape[1]
     random_directions = [
-        torch.randn(n, c.sae.d_in, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        torch.randn(n, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds
     ]
     top_c = torch.zeros(c.sae.n_concepts).index_fill(0, top_m, 1.0)
     others = [random_outside(top_c, c.concepts.energy, seed).strength_c > 0 for seed in seeds]

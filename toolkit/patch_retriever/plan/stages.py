@@ -100,7 +100,7 @@ def _collect(sizes: Sizes) -> Stage:
     tokens = store_tokens(sizes)
     shard = 2 * 16_384 * 2 * sizes.width
     forward = _forward(sizes, [sizes.calibration])
-    return Stage("collect", tokens * (2 * sizes.width + 6), shard, model=forward)
+    return Stage("collect", tokens * (2 * sizes.width + 7), shard, model=forward)
 
 
 def _sae(sizes: Sizes) -> Stage:
