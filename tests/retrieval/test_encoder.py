@@ -45,7 +45,8 @@ def backbone(random_model: Path) -> SentenceTransformer:
 def test_vectors_are_what_the_model_gives(encoder, finished_build, role):
     model = SentenceTransformer(str(finished_build))
     expected = getattr(model, f"encode_{role}")([item.load() for item in ITEMS])
-    np.testing.assert_allclose(encoder.embed(ITEMS, role), expected, atol=1e-6)
+    # other batches: rounding, as much as the build's patch stretches it (golden/result.json says)
+    np.testing.assert_allclose(encoder.embed(ITEMS, role), expected, atol=1e-5)
     assert expected.shape[1] == encoder.dimension
     assert encoder.pooled(ITEMS, role).shape == (len(ITEMS), encoder.width)
 
