@@ -144,14 +144,23 @@ class Table:
             f"expected regret of the choice on {where}: {100 * choice['regret']:.1f} points "
             f"against the best row ({choice['queries']:,} queries)"
         )
-        if found := [row.match for row in self.rows if row.match is not None]:
-            ratios = [match["energy_ratio"] for match in found]
-            outside = sum(match["overlap"] == 0 for match in found)
-            lines.append(
-                f"random concepts: in {outside} of {len(found)} rows none of them is a selected "
-                f"one; energy {min(ratios):.2f} to {max(ratios):.2f} of the selected ones'"
-            )
-        return [*lines, *self.notes, *left_out_lines(self.left_out)]
+        return [*lines, *self._matches(), *self.notes, *left_out_lines(self.left_out)]
+
+    def _matches(self) -> list[str]:
+        """How well the concepts of controls match those of the methods that they control for."""
+        found = [(row.method, row.match) for row in self.rows if row.match is not None]
+        lines = []
+        if ratios := [match["energy_ratio"] for _, match in found if not match["overlap"]]:
+            lines = [
+                f"random concepts: none is a selected one in {len(ratios)} rows; energy "
+                f"{min(ratios):.2f} to {max(ratios):.2f} of the selected ones'"
+            ]
+        return lines + [
+            f"{title}: up to {match['overlap']} are selected ones; energy "
+            f"{match['energy_ratio']:.2f} of theirs"
+            for title, match in found
+            if match["overlap"]
+        ]
 
     def to_markdown(self) -> str:
         """R@1/5/10 of every task, with the 95% interval of the change of R@1 against base."""
