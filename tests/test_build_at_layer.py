@@ -133,5 +133,5 @@ def test_features_are_kept_and_made_once(built, monkeypatch):
     assert features("test", patch.layers) == features("test", patch.layers) == 1
     assert features("validation", patch.layers) == 2
     assert features.of("test")(patch) == 1
-    assert features("test", {}).pooled_nd.shape[1] == 32
+    assert features("test", {}).mean_nd.shape[1] == 32
     assert len(made) == 2

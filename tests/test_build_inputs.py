@@ -109,7 +109,7 @@ def test_the_papers_readout_is_exported_with_its_prompts(random_model, tmp_path)
     patch = Patch(LAST, about={"readout": PAPER_READOUT.to_json()})
     patch.save(tmp_path / "patch")
     data = scenes_data({"calibration": 24, "validation": 20, "test": 24}, 0)
-    export(load_backbone(str(random_model)), PAPER_READOUT, tmp_path, data, out)
+    export(load_backbone(str(random_model)), PAPER_READOUT, tmp_path / "patch", data, out)
     patch.save(out / "patch")
     model = SentenceTransformer(str(out), device="cpu")
     assert {n: p for n, p in model.prompts.items() if p} == PAPER_PROMPTS
@@ -163,7 +163,7 @@ def test_a_prompt_from_a_file_of_its_own(tmp_path):
         ({"prompt": "gone.yaml"}, "gone.yaml: cannot be read"),
         ({"prompt": {"texts": "a"}}, "unknown key 'prompt.texts'; known keys: name, text, image"),
         ({"prompt": {"instruction": "both"}}, "prompt.instruction: Input should be 'user' or"),
-        ({"pooling": "max"}, "pooling: Input should be 'mean' or 'lasttoken'"),
+        ({"pooling": "max"}, "pooling: Input should be 'mean', 'lasttoken' or 'mean+lasttoken'"),
         ({"max_tokens": 0}, "max_tokens: "),
         ({"preset": "paper", "prompt": "plain"}, "preset paper pins prompt and pooling"),
         ({"preset": "paper", "pooling": "mean"}, "preset paper pins prompt and pooling"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from conftest import SMALL_SAE, SMALL_SCENES
-from patch_retriever.activations.store import Store, StoreSource
+from patch_retriever.activations.store import StoreSource
 from patch_retriever.backbones.readout import LAST, ONE_WORD, Readout
 from patch_retriever.build import sae_fingerprint
 from patch_retriever.cli import main
@@ -93,14 +94,15 @@ def test_where_all_tokens_are_pooled_none_is_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("site", [LAST, "layers.1"])
-def test_without_arguments_all_ways_to_train_give_the_same_sae(site, store, tmp_path, monkeypatch):
+def test_without_arguments_all_ways_to_train_give_the_same_sae(site, store, tmp_path):
     """`build`, `train_sae()` and `train-sae`, whatever the defaults are."""
-    monkeypatch.setattr(Store, "site", site, raising=False)
-    learn_concepts(
-        store.folder, Readout(ONE_WORD, site), BuildConfig(), tmp_path / "build", no_progress
-    )
-    train_sae(tmp_path / "function", store.folder)
-    command = ["train-sae", str(store.folder), "-o", str(tmp_path / "command"), "--json"]
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "site": site}))
+    learn_concepts(folder, Readout(ONE_WORD, site), BuildConfig(), tmp_path / "build", no_progress)
+    train_sae(tmp_path / "function", folder)
+    command = ["train-sae", str(folder), "-o", str(tmp_path / "command"), "--json"]
     assert CliRunner().invoke(main, command).exit_code == 0
     built, *others = (load_sae(tmp_path / way) for way in ("build", "function", "command"))
     assert built.input_scale == ("none" if site == LAST else "token")

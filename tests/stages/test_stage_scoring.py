@@ -53,7 +53,9 @@ def test_codes_of_pooled_vectors_are_scored_where_they_are_asked_for(
     stage(data, "pooled", tmp_path)
     sae = load_sae(finished_build / "run/sae")
     features = Features.load(finished_build / "run/features/calibration.safetensors")
-    pooled = replace(features, codes=Codes.from_dense(sae.encode(features.pooled_nd)))
+    pooled = replace(
+        features, codes=Codes.from_dense(sae.encode(features.pooled_nd[:, : sae.d_in]))
+    )
     collection = data.splits["calibration"]
     crossing = [task for task in collection.tasks if task.direction in ("t->i", "i->t")]
     centred_nd = features.pooled_nd.clone()
