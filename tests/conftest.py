@@ -73,22 +73,6 @@ def golden_check_here() -> Iterator[Callable[[Path], tuple[str, str]]]:
         yield in_a_process
 
 
-@pytest.fixture(scope="session", autouse=True)
-def chosen_on_validation() -> Iterator[None]:
-    """Builds choose on validation alone: the small ones of tests would fit every method in five
-    folds, which takes five times as long. What folds do is tested in tests/stages; a build that is
-    cross-validated asks for `cross_validated`."""
-    with pytest.MonkeyPatch.context() as patching:
-        patching.setattr("patch_retriever.stages.trials.SMALL", 0)
-        yield
-
-
-@pytest.fixture
-def cross_validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small builds choose by cross-validation, as they do for users."""
-    monkeypatch.setattr("patch_retriever.stages.trials.SMALL", 1000)
-
-
 @pytest.fixture
 def golden_process(
     golden_check_here: Callable[[Path], tuple[str, str]], monkeypatch: pytest.MonkeyPatch

@@ -40,7 +40,7 @@ def test_build_in_the_dtype_of_its_files_where_that_takes_code(
         return original.__get__(None, cls)(*args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    settings = {"model": str(folder), "pairs": str(photo_folder), "sae": SMALL_SAE}
+    settings = {"model": str(folder), "pairs": str(photo_folder), "sae": SMALL_SAE, "folds": 1}
     out = tmp_path / "out"
     build_retriever(out, dtype="auto", preset="paper", **settings)
     assert loaded == ["ChameleonModel"]

@@ -21,8 +21,6 @@ from patch_retriever.retrieval.pairs import Pair, pairs_collection
 from patch_retriever.sae.codes import Codes
 from patch_retriever.stages.trials import SHARED, fitted_splits, folds, trials
 
-pytestmark = pytest.mark.usefixtures("cross_validated")
-
 
 @dataclass(frozen=True)
 class Named:
