@@ -15,12 +15,14 @@ from patch_retriever.backbones.readout import PoolingMode, Readout, layer_number
 from patch_retriever.errors import UserError
 from patch_retriever.explain import Explanation, check_sae, explain_pair, pool_item
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
-from patch_retriever.patch.operators import apply_composed, compose
+from patch_retriever.patch.export import token_modules
+from patch_retriever.patch.operators import Subtract, apply_composed, compose
 from patch_retriever.probe import Edit, Probe
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.model import SparseAutoencoder
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
     from torch import Tensor, nn
@@ -182,6 +184,7 @@ class _Live:
         self._subtractions = dict(patch.subtractions)
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
         self._gate = patch.gate if patch.gated else None
+        self._stock: tuple[frozenset[int], torch.device, list[nn.Module]] | None = None
 
     def run(
         self,
@@ -221,7 +224,22 @@ class _Live:
         if site not in self._subtractions:
             return h_ntd
         placed = self._subtractions[site] = self._subtractions[site].to(h_ntd.device)
-        return placed.keeping(keep)(h_ntd.float())
+        if site != self.patch.site or self.patch.layers or placed.input_scale == "token":
+            return placed.keeping(keep)(h_ntd.float())
+        features: dict[str, Any] = {"token_embeddings": h_ntd.float()}
+        for module in self._stock_modules(placed, keep):
+            features = module(features)
+        return features["token_embeddings"]
+
+    def _stock_modules(self, subtract: Subtract, keep: frozenset[int]) -> list[nn.Module]:
+        """What a stock export runs in place of `subtract`, whose products are then the same to the
+        last bit: a code just at its threshold fires in both or in neither."""
+        device = subtract.W_dec_md.device
+        if self._stock is None or self._stock[:2] != (keep, device):
+            made = token_modules(subtract.keeping(keep), keep_raw=False)
+            modules = [module.to(device).requires_grad_(False) for module in made]
+            self._stock = (keep, device, modules)
+        return self._stock[2]
 
     def _mapped(self, x_nd: Tensor, mean_nd: Tensor, role: int) -> Tensor:
         if not self.patch.maps:
