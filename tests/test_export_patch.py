@@ -307,3 +307,21 @@ def test_a_patch_goes_where_the_activations_are():
     h_ntd = torch.empty(2, 3, 32, device="meta", dtype=torch.bfloat16)
     patched = subtract.on_stream(h_ntd)
     assert (patched.device.type, patched.dtype, patched.shape) == ("meta", h_ntd.dtype, h_ntd.shape)
+
+
+def test_codes_just_at_their_thresholds_fire_in_both_or_in_neither(model_folder, tmp_path):
+    """Thresholds are pre-activations that the live model has itself: rounding decides every one."""
+    readout = READOUTS[1]
+    backbone = with_readout(load_backbone(model_folder), readout)
+    encoded = backbone.encode(INPUTS[:1], output_value=None)[0]
+    sae = make_sae(1.0)
+    u_tc = encoded["token_embeddings"].float().cpu() @ sae.W_enc_dc
+    at_c = u_tc[-1].abs()
+    sae.W_enc_dc *= u_tc[-1].sign()
+    sae.threshold_c.copy_(at_c)
+    patch = Patch(readout.site, Subtract.from_sae(sae, torch.ones(C)))
+    live = PatchedRetriever(backbone, patch)
+    export_patch(backbone[0], readout, patch, tmp_path, ITEMS)
+    exported = SentenceTransformer(str(tmp_path), device="cpu")
+    found, expected = (m.encode(INPUTS[:1], convert_to_tensor=True) for m in (exported, live))
+    assert float((found - expected).abs().max()) <= 1e-6

@@ -235,11 +235,12 @@ class _Live:
         """What a stock export runs in place of `subtract`, whose products are then the same to the
         last bit: a code just at its threshold fires in both or in neither."""
         device = subtract.W_dec_md.device
-        if self._stock is None or self._stock[:2] != (keep, device):
-            made = token_modules(subtract.keeping(keep), keep_raw=False)
-            modules = [module.to(device).requires_grad_(False) for module in made]
-            self._stock = (keep, device, modules)
-        return self._stock[2]
+        if self._stock is not None and self._stock[:2] == (keep, device):
+            return self._stock[2]
+        made = token_modules(subtract.keeping(keep), keep_raw=False)
+        modules: list[nn.Module] = [m.to(device).requires_grad_(False) for m in made]
+        self._stock = (keep, device, modules)
+        return modules
 
     def _mapped(self, x_nd: Tensor, mean_nd: Tensor, role: int) -> Tensor:
         if not self.patch.maps:
