@@ -30,6 +30,7 @@ from patch_retriever.analysis.readouts import (
 )
 from patch_retriever.analysis.removal import removal_curve
 from patch_retriever.analysis.views import Outcomes, judge_views, load_outcomes, views_of
+from patch_retriever.backbones.adapter import merge
 from patch_retriever.backbones.load import load_backbone
 from patch_retriever.backbones.readout import Prompt
 from patch_retriever.errors import UserError
@@ -166,16 +167,26 @@ def _of_prompt(
 
 
 def _backbone(folder: Path, build: Finished, device: str | None) -> Transformer:
-    """The backbone as the export holds it: the build's own model may lie elsewhere by now."""
+    """The backbone as the export holds it, since the build's own model may lie elsewhere by now;
+    that one, with the adapter if there is one, where the export ends the decoder early.
+
+    Raises:
+        UserError: it is not there, or it is another.
+    """
     check_backbone(folder)
-    config = build.config
-    return load_backbone(
-        str(folder),
+    config, whole = build.config, build.readout.cut is None
+    transformer = load_backbone(
+        str(folder) if whole else config.model,
         config.dtype,
         device or config.device,
+        None if whole else config.revision,
         device_map=None if device else config.device_map,
+        max_pixels=None if whole else config.max_pixels,
         attention=config.attention,
     )
+    if build.adapted and not whole:
+        merge(transformer, folder / "run" / "adapter")
+    return transformer
 
 
 def _results(run: Path, fingerprint: str) -> dict[str, dict[str, Any]]:

@@ -58,6 +58,8 @@ class Finished:
     features: Path
     concepts: Path
     fingerprint: str
+    adapted: bool = False
+    """Whether the adapted model was exported."""
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -169,6 +171,7 @@ def open_build(folder: Path) -> Finished:
         run / f"features{end}",
         run / f"score{end}",
         value_hash(keys),
+        adapted,
     )
 
 
