@@ -48,5 +48,7 @@ def made_ahead(
         finally:
             for future in waiting:
                 future.cancel()
+            if isinstance(drawn, Generator):  # it may have threads of its own
+                drawn.close()
     if error is not None:
         raise error

@@ -108,7 +108,7 @@ def _read_batches(
     progress: Progress = no_progress,
     layers: Mapping[str, Subtract] | None = None,
     skip: int = 0,
-) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
+) -> Generator[tuple[list[int], dict[str, Any], Tensor]]:
     """Item numbers, features and the tokens (n, t, d) at the readout's site, by batches; of the
     model that is patched at `layers`, without the first `skip` items in the order of batches. Sets
     the inputs of the readout now: the probe reads its site, so that the model ends there and keeps
@@ -116,10 +116,14 @@ def _read_batches(
     transformer = as_read(transformer, replace(readout, site=LAST))
     probe, site = Probe(transformer), readout.site
     edits = {layer: subtract.on_stream for layer, subtract in (layers or {}).items()}
-    return (
-        (numbers, features, probe.read(features, [site], edits)[site])
-        for numbers, features in item_batches(transformer, items, batch_size, progress, skip=skip)
-    )
+
+    def read() -> Generator[tuple[list[int], dict[str, Any], Tensor]]:
+        prepared = item_batches(transformer, items, batch_size, progress, skip=skip)
+        with closing(prepared) as batches:
+            for numbers, features in batches:
+                yield numbers, features, probe.read(features, [site], edits)[site]
+
+    return read()
 
 
 class Tokens(NamedTuple):
@@ -188,25 +192,26 @@ def token_batches(
     skip: int = 0,
 ) -> Generator[Tokens]:
     """All tokens by batches, without the first `skip` items; their sinks are counted in `sinks`."""
-    batches = _read_batches(transformer, items, readout, batch_size, progress, skip=skip)
+    found = _read_batches(transformer, items, readout, batch_size, progress, skip=skip)
     roles_of = TokenRoles(transformer)
     sinks = sinks or SinkCounter()
-    for numbers, features, tokens_ntd in batches:
-        mask_nt = features["attention_mask"].bool()
-        pooled_nt = pooling_weights(mask_nt, patched_part(readout.pooling)) > 0
-        roles_nt = roles_of(features)
-        sink_nt = sinks.add(tokens_ntd, mask_nt, roles_nt)
-        items_nt = torch.tensor(numbers)[:, None].expand(mask_nt.shape)
-        mask_on_cpu_nt = mask_nt.cpu()
-        yield Tokens(
-            tokens_ntd[mask_nt],
-            roles_nt[mask_on_cpu_nt],
-            pooled_nt[mask_nt],
-            items_nt[mask_on_cpu_nt],
-            (mask_on_cpu_nt.cumsum(1) - 1)[mask_on_cpu_nt],
-            sink_nt[mask_nt],
-            len(numbers),
-        )
+    with closing(found) as batches:
+        for numbers, features, tokens_ntd in batches:
+            mask_nt = features["attention_mask"].bool()
+            pooled_nt = pooling_weights(mask_nt, patched_part(readout.pooling)) > 0
+            roles_nt = roles_of(features)
+            sink_nt = sinks.add(tokens_ntd, mask_nt, roles_nt)
+            items_nt = torch.tensor(numbers)[:, None].expand(mask_nt.shape)
+            mask_on_cpu_nt = mask_nt.cpu()
+            yield Tokens(
+                tokens_ntd[mask_nt],
+                roles_nt[mask_on_cpu_nt],
+                pooled_nt[mask_nt],
+                items_nt[mask_on_cpu_nt],
+                (mask_on_cpu_nt.cumsum(1) - 1)[mask_on_cpu_nt],
+                sink_nt[mask_nt],
+                len(numbers),
+            )
 
 
 def collect_features(

@@ -35,7 +35,7 @@ def item_batches(
     progress: Progress = no_progress,
     workers: int = WORKERS,
     skip: int = 0,
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
+) -> Generator[tuple[list[int], dict[str, Any]]]:
     """(item numbers, preprocessed features on the model's device), similar lengths together.
 
     The first `skip` items in this order are left out unread; if they are a number of whole windows
@@ -131,13 +131,18 @@ class Preparer:
     ) -> Iterator[tuple[list[int], list[Item]]]:
         """Positions and items of every batch, a window in memory at a time."""
         start = 0
-        while window := list(islice(items, WINDOW * batch_size)):
-            groups = self._groups(window)
-            batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
-            self._make_copies(min(self._workers, len(batches)))
-            for batch in batches:
-                yield [start + n for n in batch], [window[n] for n in batch]
-            start += len(window)
+        try:
+            while window := list(islice(items, WINDOW * batch_size)):
+                groups = self._groups(window)
+                parts = [(g, i) for g in groups for i in range(0, len(g), batch_size)]
+                self._make_copies(min(self._workers, len(parts)))
+                for group, i in parts:
+                    batch = group[i : i + batch_size]
+                    yield [start + n for n in batch], [window[n] for n in batch]
+                start += len(window)
+        finally:
+            if isinstance(items, Generator):  # it reads ahead by a thread of its own
+                items.close()
 
     def _groups(self, window: Sequence[Item]) -> list[list[int]]:
         """Numbers of items that may share a batch, by kind, the shortest first."""

@@ -80,7 +80,7 @@ class ContrastiveSettings:
     """Of Adam, in units of the root mean square of the map's weights; falls linearly to zero."""
     temperature: float = 0.1
     queries: int = 512
-    documents: int = 512
+    documents: int = 4096
     """In a step, beside those that are relevant to its queries."""
     strength_lr: float = 0.03
     """Of the concepts' strengths, where they are learned too."""
