@@ -34,6 +34,14 @@ def can_skip_mlp(model: nn.Module) -> bool:
     return residual_norm(model) is not None and _end_of_mlp(layer) is not None
 
 
+def stream_is_whole(model: Any, cut: str | None) -> bool:
+    """Whether the final norm of the stream at a cut is what the cut decoder gives. Qwen3-VL
+    adds image features after its first layers, which the stream there does not have yet."""
+    vision = getattr(model.config, "vision_config", None)
+    added = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return cut is None or layer_number(cut.removesuffix(BEFORE_MLP)) >= added
+
+
 def cut_at(transformer: Transformer, cut: str | None) -> Transformer:
     """`transformer` with a decoder that ends at `cut` (`Readout.cut`); itself where it does so
     already. Weights and processor are shared, and nothing of the original is changed.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patch_retriever.activations.collect import collect_pooled
-from patch_retriever.backbones.cut import can_skip_mlp
+from patch_retriever.backbones.cut import can_skip_mlp, stream_is_whole
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.readout import PAPER_READOUT, POOLINGS, TRIED, Readout, readout_grid
 from patch_retriever.config import BuildConfig
@@ -72,16 +72,16 @@ def choose_readout(
         return
     prompts = TRIED if config.prompt is None else (config.prompt,)
     poolings = POOLINGS if config.pooling is None else (config.pooling,)
-    grid = list(
-        readout_grid(
-            n_layers(transformer.model),
-            prompts,
-            poolings,
-            config.max_tokens,
-            config.patch_at,
-            can_skip_mlp(transformer.model),
-        )
+    model = transformer.model
+    every = readout_grid(
+        n_layers(model),
+        prompts,
+        poolings,
+        config.max_tokens,
+        config.patch_at,
+        can_skip_mlp(model),
     )
+    grid = [readout for readout in every if stream_is_whole(model, readout.cut)]
 
     def pooled(items: Sequence[Item], readouts: Sequence[Readout]) -> dict[Readout, Tensor]:
         return collect_pooled(transformer, items, readouts, config.batch_size, progress)
