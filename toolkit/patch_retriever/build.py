@@ -114,9 +114,7 @@ def build_retriever(
         check_layer(transformer, config.patch_at)
     if given is not None:
         check_width(given, transformer.get_embedding_dimension(), str(config.sae_from))
-    if config.adapter_from is not None:
-        check_fits(transformer, Path(config.adapter_from))
-    elif config.adapter is not None:
+    if config.adapter is not None and config.adapter_from is None:
         target_modules(transformer.model, config.adapter)
     with Run(out / "run", say) as run:
         write_json(out / MARKER, config.model_dump())
@@ -133,6 +131,8 @@ def build_retriever(
         readout = load_readout(readouts)
         say(f"readout: {readout.name}")
         whole, transformer = transformer, cut_at(transformer, readout.cut)
+        if config.adapter_from is not None:  # it was trained on the model as the readout cuts it
+            check_fits(transformer, Path(config.adapter_from))
         at = config.patch_at or readout.site  # where the SAE is trained and concepts subtracted
         tokens_wanted = max(MOST_TOKENS, (config.sae.steps or 0) * config.sae.batch_size)
         store = run.stage(
