@@ -39,3 +39,10 @@ ITEMS = {
     "both": Item(SHORT, Plain()),
     "long both": Item(LONG, Plain()),
 }
+MIXED = (
+    Item("a cat"),
+    Item("two small dogs on a mat, asleep"),
+    Item(picture=TALL),
+    Item("a cat", SQUARE),
+)
+"""A batch of texts and pictures of unlike lengths and sizes."""

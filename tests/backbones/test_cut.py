@@ -8,7 +8,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from families import FAMILIES, missing
+from families import FAMILIES, parameter
 from handmade import C, make_map, make_sae, normal
 from patch_retriever.activations.collect import collect_pooled
 from patch_retriever.backbones.cut import can_skip_mlp, cut_at, stream_is_whole
@@ -22,27 +22,18 @@ from patch_retriever.backbones.load import load_backbone, set_readout, with_read
 from patch_retriever.backbones.readout import LAST, ONE_WORD, PAPER, PLAIN, Readout
 from patch_retriever.errors import UserError
 from patch_retriever.export import export_patch
-from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.probe import Probe
 from patch_retriever.retriever import PatchedRetriever
-from pictured import SQUARE, TALL
+from pictured import MIXED
 
-ITEMS = (
-    Item("a cat"),
-    Item("two small dogs on a mat, asleep"),
-    Item(picture=TALL),
-    Item("a cat", SQUARE),
-)
-CHATS = [item.load() for item in ITEMS]
+CHATS = [item.load() for item in MIXED]
 CUTS = ("layers.0", "layers.1", "layers.1.attention", "layers.2.attention")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[parameter(n) for n in FAMILIES])
 def name(request):
-    if lacking := missing(request.param):
-        pytest.skip(f"its processor needs {', '.join(lacking)}; see vision_operators.py")
     return request.param
 
 
@@ -120,7 +111,7 @@ def test_live_equals_exported_equals_reloaded(stand_in, name, tmp_path, cut, poo
     assert live.encode(CHATS[0], patch=False).shape == (parts * width,)
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr("patch_retriever.export.check_golden", lambda _: 0.0)
-        export_patch(transformer, readout, patch, tmp_path, ITEMS)
+        export_patch(transformer, readout, patch, tmp_path, MIXED)
     exported = SentenceTransformer(str(tmp_path), device="cpu")
     assert n_layers(exported[0].model) == int(cut.split(".")[1]) + 1
     again = PatchedRetriever.from_folder(tmp_path)
@@ -138,7 +129,7 @@ def test_a_readout_at_a_layer_exports_no_layer_behind_it(stand_in, name, tmp_pat
     expected = backbone.encode(CHATS, convert_to_tensor=True)
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr("patch_retriever.export.check_golden", lambda _: 0.0)
-        export_patch(transformer, readout, Patch("layers.0"), tmp_path, ITEMS)
+        export_patch(transformer, readout, Patch("layers.0"), tmp_path, MIXED)
     exported = SentenceTransformer(str(tmp_path), device="cpu")
     assert n_layers(exported[0].model) == 1
     found = exported.encode(CHATS, convert_to_tensor=True)
@@ -155,7 +146,7 @@ def test_one_pass_serves_every_cut_and_pooling(transformer, monkeypatch):
     ]
     passes, read = [], Probe.read
     monkeypatch.setattr(Probe, "read", lambda *a: passes.append(1) or read(*a))
-    found = collect_pooled(transformer, ITEMS, readouts, batch_size=4)
+    found = collect_pooled(transformer, MIXED, readouts, batch_size=4)
     assert len(passes) == 1
     for readout in readouts:
         backbone = with_readout(transformer, readout)

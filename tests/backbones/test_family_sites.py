@@ -10,35 +10,26 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from families import FAMILIES, missing
+from families import FAMILIES, parameter
 from handmade import C, make_sae, normal
 from patch_retriever.backbones.families import final_norm_path, image_token_id, layers_path
 from patch_retriever.backbones.load import load_backbone, set_readout, with_readout
 from patch_retriever.backbones.readout import LAST, PAPER, PLAIN, Readout
 from patch_retriever.export import export_patch
-from patch_retriever.items import Item
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.probe import Probe
 from patch_retriever.retriever import PatchedRetriever
-from pictured import SQUARE, TALL
+from pictured import MIXED
 
 LAYERS = ("layers.0", "layers.1", "layers.2")
 
 
-ITEMS = (
-    Item("a cat"),
-    Item("two small dogs on a mat, asleep"),
-    Item(picture=TALL),
-    Item("a cat", SQUARE),
-)
-CHATS = [item.load() for item in ITEMS]
+CHATS = [item.load() for item in MIXED]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[parameter(n) for n in FAMILIES])
 def name(request):
-    if lacking := missing(request.param):
-        pytest.skip(f"its processor needs {', '.join(lacking)}; see vision_operators.py")
     return request.param
 
 
@@ -191,7 +182,7 @@ def test_exported_equals_live_equals_hooks(stand_in, name, tmp_path, readout):
     live = PatchedRetriever(backbone, patch)
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr("patch_retriever.export.check_golden", lambda _: 0.0)
-        export_patch(backbone[0], readout, patch, tmp_path, ITEMS)
+        export_patch(backbone[0], readout, patch, tmp_path, MIXED)
     exported = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
     for model in (live, exported):
         found = model.encode(CHATS, convert_to_tensor=True)
@@ -207,7 +198,7 @@ def test_a_patch_before_the_final_norm_is_exported_without_code(stand_in, name, 
     transformer = load_backbone(str(stand_in(name)))
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr("patch_retriever.export.check_golden", lambda _: 0.0)
-        export_patch(transformer, readout, patch, tmp_path, ITEMS)
+        export_patch(transformer, readout, patch, tmp_path, MIXED)
     live = PatchedRetriever.from_folder(tmp_path)
     exported = SentenceTransformer(str(tmp_path), device="cpu")
     found, expected = (m.encode(CHATS, convert_to_tensor=True) for m in (exported, live))
