@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from patch_retriever.patch.operators import Affine
 from patch_retriever.sae.codes import Codes
@@ -118,10 +118,12 @@ def contrastive(
         rates.append(([strength_c], settings.strength_lr))
     optimizer = torch.optim.Adam([{"params": params, "lr": lr} for params, lr in rates])
 
-    def current() -> tuple[Tensor, Tensor]:
-        return (
-            start.weight_gde + scale_g11 * weight_gde,
-            start.bias_ge + scale_g11[:, 0] * bias_ge,
+    def current() -> Affine:
+        return replace(
+            start,
+            name="contrastive",
+            weight_gde=start.weight_gde + scale_g11 * weight_gde,
+            bias_ge=start.bias_ge + scale_g11[:, 0] * bias_ge,
         )
 
     def embedded(items_m: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def contrastive(
             codes, strength = concepts.codes[items_m], strength_c.clamp(-1, 1)
             removed_md = codes.weighted_matmul(strength, concepts.dictionary_cd)
             x_md = x_md - pad(removed_md, (0, x_md.shape[1] - removed_md.shape[1]))
-        return _embedded(x_md, kinds_n[items_m], *current())
+        return normalize(current().by_kind(x_md, kinds_n[items_m]), dim=1)
 
     for step in range(settings.steps):
         task = tasks[step % len(tasks)]
@@ -148,15 +150,6 @@ def contrastive(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    weights, biases = (tensor.detach() for tensor in current())
-    aligned = replace(start, name="contrastive", weight_gde=weights, bias_ge=biases).to("cpu")
+    with torch.no_grad():
+        aligned = current().to("cpu")
     return aligned, None if strength_c is None else strength_c.detach().clamp(-1, 1).cpu()
-
-
-def _embedded(x_nd: Tensor, kinds_n: Tensor, weight_gde: Tensor, bias_ge: Tensor) -> Tensor:
-    """Unit embeddings of items, each by the map of its kind."""
-    out_ne = x_nd.new_zeros(len(x_nd), bias_ge.shape[1])
-    for kind in kinds_n.unique().tolist():
-        rows_m = (kinds_n == kind).nonzero()[:, 0]
-        out_ne = out_ne.index_copy(0, rows_m, x_nd[rows_m] @ weight_gde[kind] + bias_ge[kind])
-    return torch.nn.functional.normalize(out_ne, dim=1)
