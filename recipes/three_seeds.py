@@ -3,7 +3,8 @@
 A seed draws other calibration, validation and test scenes and trains another SAE; the model is the
 same. For every method: the mean over seeds of its test score and of R@1 for full captions, in
 percent with the smallest and largest value; on how many seeds its score was significantly above or
-below the base in that readout; on how many seeds validation chose it for export.
+below the base in that readout; on how many seeds validation chose it for export. Below that, what
+every seed exported, and every method less its controls in score, with 95% intervals.
 
     python recipes/three_seeds.py --work /tmp/seeds --out docs/three-seeds.md
 """
@@ -17,6 +18,7 @@ from typing import Any
 import click
 
 from patch_retriever import build_retriever
+from patch_retriever.backbones.readout import Readout
 
 PRESETS = {"paper": "the paper's readout", "auto": "the readout chosen on validation"}
 
@@ -50,25 +52,76 @@ def spread(values: list[float]) -> str:
     return f"{100 * mean:.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]"
 
 
+def by_seed(reports: list[dict[str, Any]]) -> list[str]:
+    """What every seed's build exported, and its figures on test."""
+    lines = ["| seed | exported | score | against base | R@1 t->i full | R@10 t->i short |"]
+    lines.append("|---|---|---|---|---|---|")
+    for seed, report in enumerate(reports):
+        row = next(row for row in report["rows"] if row["id"] == report["exported_id"])
+        recalls = [row["tasks"]["t->i full"]["R@1"], row["tasks"]["t->i short"]["R@10"]]
+        figures = [f"{100 * value:.1f}" for value in (row["test_score"], *recalls)]
+        figures.insert(1, interval(row["score_minus_base"]))
+        lines.append(f"| {seed} | {row['method']} | {' | '.join(figures)} |")
+    return lines
+
+
+def against_controls(reports: list[dict[str, Any]]) -> list[str]:
+    """Every method less its controls, and less the same without concepts, seed by seed."""
+    lines = [f"| method | less | {' | '.join(f'seed {n}' for n in range(len(reports)))} |"]
+    lines.append("|---|---|" + "---|" * len(reports))
+    titles = {row["id"]: row["method"] for report in reports for row in report["rows"]}
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for seed, report in enumerate(reports):
+        for row in report["rows"]:
+            for other, difference in row["score_minus_others"].items():
+                found.setdefault((row["id"], other), {})[seed] = interval(difference)
+    for (method, other), cells in found.items():
+        columns = " | ".join(cells.get(seed, "") for seed in range(len(reports)))
+        lines.append(f"| {titles[method]} | {titles[other]} | {columns} |")
+    return lines
+
+
+def interval(difference: dict[str, float]) -> str:
+    """Mean [low, high], in points."""
+    mean, low, high = (f"{100 * difference[name]:+.2f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 @click.command(help=__doc__)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where builds go.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Markdown to write.")
 @click.option("--model", default="tiny-mllm", show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-def main(work: Path, out: Path, model: str, seeds: int) -> None:
-    lines = [f"# {model}, {seeds} seeds", "", (__doc__ or "").split("\n\n")[1].replace("\n", " ")]
-    for preset, name in PRESETS.items():
+@click.option("--preset", "presets", multiple=True, type=click.Choice(list(PRESETS)))
+@click.option("--scenes", nargs=3, type=int, help="Of calibration, validation, test.")
+@click.option("--batch-size", default=64, show_default=True)
+def main(
+    work: Path,
+    out: Path,
+    model: str,
+    seeds: int,
+    presets: tuple[str, ...],
+    scenes: tuple[int, int, int] | None,
+    batch_size: int,
+) -> None:
+    about = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
+    lines = [f"# {Path(model).name}, {seeds} seeds", "", about]
+    settings: dict[str, Any] = {"model": model, "batch_size": batch_size}
+    if scenes is not None:
+        sizes = dict(zip(("calibration", "validation", "test"), scenes, strict=True))
+        settings["scenes"] = sizes
+        lines += ["", f"Scenes: {', '.join(f'{n} for {split}' for split, n in sizes.items())}."]
+    for preset in presets or PRESETS:
         reports, readouts = [], set()
         for seed in range(seeds):
             folder = work / f"{preset}-{seed}"
-            result = build_retriever(folder, model=model, preset=preset, seed=seed, say=print)
+            result = build_retriever(folder, preset=preset, seed=seed, say=print, **settings)
             reports.append(result.report)
             patch = json.loads((folder / "patch" / "patch.json").read_text())
-            readout = patch["about"]["readout"]
-            readouts.add(
-                f"{readout['prompt']['name']} prompt, {readout['pooling']} of {readout['site']}"
-            )
-        lines += ["", f"## On {name} ({'; '.join(sorted(readouts))})", "", *summary(reports)]
+            readouts.add(Readout.from_json(patch["about"]["readout"]).name)
+        lines += ["", f"## On {PRESETS[preset]} ({'; '.join(sorted(readouts))})"]
+        for part in (summary, by_seed, against_controls):
+            lines += ["", *part(reports)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -21,8 +21,8 @@ from patch_retriever.sae.codes import Codes
 class GainSettings:
     """How gains are learned."""
 
-    steps: int = 300
-    lr: float = 0.05
+    steps: int = 150
+    lr: float = 0.1
     temperature: float = 0.05
     batch_size: int = 512
 

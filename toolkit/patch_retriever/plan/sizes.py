@@ -25,6 +25,10 @@ class Split:
         """All of them."""
         return self.texts + self.images + self.both
 
+    def at_most(self, n: int) -> Split:
+        """A part of it, of up to n items of each modality."""
+        return Split(*(min(n, have) for have in (self.texts, self.images, self.both)))
+
     @classmethod
     def of_pairs(cls, n: int) -> Split:
         """n pairs, asked in both directions."""
@@ -40,12 +44,12 @@ class Fits:
     """
 
     spectra: int = 146
-    svds: int = 39
+    svds: int = 33
     solves: int = 20
-    gains: int = 6
-    gain_steps: int = 300
+    gains: int = 3
+    gain_steps: int = 150
     gain_items: int = 1024
-    patches: int = 391
+    patches: int = 376
     shown: int = 60
 
 
@@ -100,5 +104,4 @@ class Sizes:
 
     def bounded(self, split: Split) -> Split:
         """The part of a split that methods are fitted on."""
-        texts, images, both = (min(n, self.most) for n in (split.texts, split.images, split.both))
-        return Split(texts, images, both)
+        return split.at_most(self.most)

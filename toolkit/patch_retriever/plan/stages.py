@@ -21,8 +21,10 @@ EIGH, SVD, SOLVE = 8, 24, 5
 """Products of d x d matrices that LAPACK's decompositions take as long as (measured)."""
 _MINED = 5
 """Hard negatives of every query."""
-_PROMPTS, _READOUTS = 3, 36
-"""Prompts that the choice of a readout tries, and readouts in all."""
+_SEEN, _ASKED = 4000, 1000
+"""Items of each modality that readouts are aligned by and asked about, at most."""
+_READOUTS, _PARTS = 12, 16
+"""Readouts of one prompt, and the parts that their vectors have."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ def _square(sizes: Sizes) -> int:
 
 
 def _readout(sizes: Sizes) -> Stage:
-    split = sizes.validation
-    memory = _READOUTS * _vectors(sizes, split.items)
-    search = 2.0 * _READOUTS * split.comparisons * sizes.width
-    return Stage("readout", 0, memory, search, model=_PROMPTS * _forward(sizes, [split]))
+    seen, asked = sizes.calibration.at_most(_SEEN), sizes.validation.at_most(_ASKED)
+    memory = _PARTS * _vectors(sizes, seen.items + asked.items)
+    share = min(1.0, _ASKED / max(1, sizes.validation.texts)) ** 2
+    search = 2.0 * 3 * _READOUTS * share * sizes.validation.comparisons * sizes.width
+    return Stage("readout", 0, memory, search, model=_forward(sizes, [seen, asked]))
 
 
 def store_tokens(sizes: Sizes) -> int:

@@ -27,6 +27,8 @@ class Row:
     control_of: str | None = None
     match: dict[str, float] | None = None
     """Of random concepts: how many are selected ones, and their energy as a share of theirs."""
+    without: str | None = None
+    """The id of the same method without concepts."""
 
     def about(self) -> dict[str, Any]:
         """Everything but the hits, with the names of the tasks, as JSON values."""
@@ -62,7 +64,8 @@ class Table:
 
     def to_json(self) -> dict[str, Any]:
         """Every number: R@1, 5, 10 by task, with the paired interval of R@1 against base, and
-        the score with its interval against base and against the exported choice."""
+        the score with its interval against base, against the exported choice, and against the row's
+        controls and the same without concepts."""
         chosen = self.row(self.exported)
         return {
             "exported": chosen.method,
@@ -87,6 +90,10 @@ class Table:
                     "test_score": row.test.score,
                     "score_minus_base": asdict(self.bootstrap.average(row.test, self.base.test)),
                     "score_minus_exported": asdict(self.bootstrap.average(row.test, chosen.test)),
+                    "score_minus_others": {
+                        other.id: asdict(self.bootstrap.average(row.test, other.test))
+                        for other in self._others(row)
+                    },
                     "tasks": {
                         task: dict(
                             zip([f"R@{k}" for k in CUTOFFS], row.test.recalls(task), strict=True)
@@ -144,7 +151,26 @@ class Table:
             f"expected regret of the choice on {where}: {100 * choice['regret']:.1f} points "
             f"against the best row ({choice['queries']:,} queries)"
         )
+        lines += [self._added(row) for row in self.rows if row.without in self._ids]
         return [*lines, *self._matches(), *self.notes, *left_out_lines(self.left_out)]
+
+    @property
+    def _ids(self) -> set[str]:
+        return {row.id for row in self.rows}
+
+    def _others(self, row: Row) -> list[Row]:
+        """What a row is to be compared with: the same without concepts, and its controls."""
+        return [
+            other for other in self.rows if row.without == other.id or other.control_of == row.id
+        ]
+
+    def _added(self, row: Row) -> str:
+        """What concepts add to a method, in score."""
+        found = [
+            f"{_interval(self.bootstrap.average(row.test, other.test), 2)} over {other.method}"
+            for other in self._others(row)
+        ]
+        return f"{row.method}: {', '.join(found)}"
 
     def _matches(self) -> list[str]:
         """How well the concepts of controls match those of the methods that they control for."""
@@ -221,8 +247,9 @@ def left_out_lines(left_out: Iterable[dict[str, str]]) -> list[str]:
     return [f"left out, {why}: {', '.join(titles)}" for why, titles in by_why.items()]
 
 
-def _interval(d: Difference) -> str:
-    return f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+def _interval(d: Difference, digits: int = 1) -> str:
+    mean, low, high = (f"{100 * value:+.{digits}f}" for value in (d.mean, d.low, d.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def setting_text(setting: dict[str, Any]) -> str:

@@ -98,10 +98,10 @@ class Codes:
         place_c = torch.full((self.n_concepts,), -1, device=concepts_m.device)
         place_c[concepts_m] = torch.arange(len(concepts_m), device=concepts_m.device)
         place_e = place_c[self.concepts_e]
-        keep_e = place_e >= 0
-        return Codes.from_entries(
-            self.rows_e[keep_e], place_e[keep_e], self.values_e[keep_e], len(self), len(concepts_m)
-        )
+        kept_e = place_e >= 0
+        starts_n1 = starts_of(kept_e)[self.starts_n1]  # of entries kept before each row
+        entries = kept_e.nonzero()[:, 0]
+        return Codes(starts_n1, place_e[entries], self.values_e[entries], len(concepts_m))
 
     def to(self, device: torch.device | str) -> Codes:
         """The same on a device."""
@@ -145,7 +145,7 @@ class Codes:
         faster than one through entries, and makes a matrix (n, c).
         """
         if len(self.values_e) > len(self) * self.n_concepts / _DENSE:
-            return (self.dense() * weight_c) @ dictionary_cd
+            return self.dense() @ (weight_c[:, None] * dictionary_cd)
         return self.scaled(weight_c).matmul(dictionary_cd)
 
     def transposed(self) -> Codes:

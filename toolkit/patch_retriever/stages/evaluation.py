@@ -69,6 +69,7 @@ def evaluate_on_test(
                 choice["validation_score"],
                 method.control_of,
                 next(t for t in choice["tried"] if t["setting"] == choice["setting"]).get("match"),
+                method.without,
             )
         )
     if base.calibration.layer is None:

@@ -24,13 +24,14 @@ def adapted_methods(c: Calibration, trained_with: Patch | None) -> Iterator[Meth
             if trained_with is not None:
                 yield _own(trained_with)
             continue
-        of = method.control_of
+        of, without = method.control_of, method.without
         yield replace(
             method,
             id=_REFIT + method.id,
             title=f"adapter, then {method.title}",
             needs="training",
             control_of=None if of is None else _REFIT + of,
+            without=None if without is None else _REFIT + without,
         )
 
 

@@ -13,7 +13,7 @@ from patch_retriever.patch.methods.method import Method, one_patch
 from patch_retriever.patch.methods.removal import top_concepts
 from patch_retriever.patch.operators import Subtract
 
-_FIRSTS = ("gains from text-image", "gains from all", "removal")
+_FIRSTS = ("gains", "removal")
 _SECONDS = ("ReAlign", "ReAlign and Procrustes", "CCA")
 
 
@@ -43,7 +43,7 @@ def _pair(c: Calibration, first: str, second: str, strength: float) -> list[Patc
     if first == "removal":
         strength_c = top_concepts(c, -c.concepts.discriminative_centred, 64)
     else:
-        strength_c = strengths_from_gains(c, first.removeprefix("gains from "))
+        strength_c = strengths_from_gains(c)
     if not bool(strength_c.any()):
         return []
     subtract = Subtract.from_sae(c.sae, strength_c)

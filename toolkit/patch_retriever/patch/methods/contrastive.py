@@ -37,6 +37,7 @@ def rows(c: Calibration) -> Iterator[Method]:
         "contrastive alignment with concepts",
         "pairs",
         lambda: _patches(c, [None]),
+        without="contrastive",
         concepts=True,
         left_out=why,
     )

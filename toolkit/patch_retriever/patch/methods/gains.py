@@ -12,29 +12,26 @@ from patch_retriever.concepts.selection import shuffled
 from patch_retriever.patch import fit
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
-from patch_retriever.patch.gains import Components, GainSettings, learn_gains
+from patch_retriever.patch.gains import Components, GainSettings, Parts, learn_gains
 from patch_retriever.patch.methods.method import DRAWS, Method, one_patch
 from patch_retriever.patch.methods.removal import subtracting, with_match
 from patch_retriever.patch.operators import Affine
 
 
 def rows(c: Calibration) -> Iterator[Method]:
-    """Gains from pairs of texts and images, or from all pairs."""
-    grid = tuple({"pairs": pairs} for pairs in ("text-image", "all"))
+    """Gains from the pairs of all directions."""
     yield Method(
         "learned-gains",
         "learned gains",
         "pairs",
-        lambda pairs: _gained(c, pairs),
-        grid,
+        lambda: _gained(c),
         concepts=True,
     )
     yield Method(
         "learned-gains-shuffled",
         "learned gains, shuffled",
         "pairs",
-        lambda pairs: _shuffled(c, pairs),
-        grid,
+        lambda: _shuffled(c),
         control_of="learned-gains",
         concepts=True,
     )
@@ -42,51 +39,40 @@ def rows(c: Calibration) -> Iterator[Method]:
         "learned-gains-untrained",
         "gains on random directions",
         "pairs",
-        lambda pairs: _untrained(c, pairs),
-        grid,
+        lambda: _untrained(c),
         control_of="learned-gains",
     )
     yield Method(
         "principal-gains",
         "gains on principal components",
         "pairs",
-        lambda pairs: _principal(c, pairs),
-        grid,
+        lambda: _principal(c),
     )
 
 
-def _gained(c: Calibration, pairs: str) -> list[Patch]:
-    reason = f"learned gains from {pairs} pairs"
-    return subtracting(c, strengths_from_gains(c, pairs), reason, "centre")
+def _gained(c: Calibration) -> list[Patch]:
+    return subtracting(c, strengths_from_gains(c), "learned gains", "centre")
 
 
-def strengths_from_gains(c: Calibration, pairs: str) -> Tensor:
+def strengths_from_gains(c: Calibration) -> Tensor:
     """1 - gain of every concept (c,), learned on centred codes; gains above 0.98 leave a concept
     alone."""
-    key = ("gains", pairs)  # asked for again by every pair of methods with gains
+    key = "gains"  # asked for again by every pair of methods with gains
     if key not in c.cache:
-        gains_c = learn_gains(
-            c.centred_nd,
-            c.centred_codes,
-            _pairs(c, pairs),
-            GainSettings(),
-            c.seed,
-            c.device,
-        )
+        gains_c = _learned(c, c.centred_codes)
         fires_c = c.features.codes.sum() > 0
         c.cache[key] = torch.where(fires_c & (gains_c < 0.98), 1 - gains_c, 0.0)
     return c.cache[key]
 
 
-def _pairs(c: Calibration, which: str) -> list[Tensor]:
-    if which == "all":
-        return list(c.pairs.values())
-    return [pairs for name, pairs in c.pairs.items() if name in ("t->i", "i->t")]
+def _learned(c: Calibration, parts: Parts) -> Tensor:
+    pairs = list(c.pairs.values())
+    return learn_gains(c.centred_nd, parts, pairs, GainSettings(), c.seed, c.device)
 
 
-def _shuffled(c: Calibration, pairs: str) -> list[Patch]:
+def _shuffled(c: Calibration) -> list[Patch]:
     """Draws of the learned strengths, dealt out anew among the concepts that fire."""
-    strength_c = strengths_from_gains(c, pairs)
+    strength_c = strengths_from_gains(c)
     found = []
     for draw in range(DRAWS):
         other = shuffled(strength_c, c.concepts.energy, c.seed * 1000 + draw)
@@ -95,7 +81,7 @@ def _shuffled(c: Calibration, pairs: str) -> list[Patch]:
     return found
 
 
-def _untrained(c: Calibration, pairs: str) -> list[Patch]:
+def _untrained(c: Calibration) -> list[Patch]:
     """Gains of as many random unit directions as there are concepts (no more than can be told
     apart: 4 d), with the smallest codes that rebuild every vector. One draw: it is learned."""
     d = c.centred_nd.shape[1]
@@ -104,37 +90,26 @@ def _untrained(c: Calibration, pairs: str) -> list[Patch]:
     directions_md = torch.randn(n, d, generator=generator)
     directions_md = torch.nn.functional.normalize(directions_md, dim=1).double()
     encoder_dm = torch.linalg.lstsq(directions_md, torch.eye(n, dtype=torch.float64)).solution
-    return _affine_gains(c, "random", encoder_dm, directions_md, pairs)
+    return _affine_gains(c, "random", encoder_dm, directions_md)
 
 
-def _principal(c: Calibration, pairs: str) -> list[Patch]:
+def _principal(c: Calibration) -> list[Patch]:
     if "components" not in c.cache:
         everything = torch.arange(len(c.kinds_n))
         vectors_dd = fit.Moments(c.centred_nd, everything, c.device).spectrum[1]
         c.cache["components"] = vectors_dd.cpu()
     vectors_dd = c.cache["components"]
-    return _affine_gains(c, "principal", vectors_dd, vectors_dd.T, pairs)
+    return _affine_gains(c, "principal", vectors_dd, vectors_dd.T)
 
 
 def _affine_gains(
-    c: Calibration,
-    name: str,
-    encoder_dm: Tensor,
-    directions_md: Tensor,
-    pairs: str,
+    c: Calibration, name: str, encoder_dm: Tensor, directions_md: Tensor
 ) -> list[Patch]:
     """Centring, then x - ((1 - g) * (x E)) D, g learned; E and D are the encoder and directions."""
-    key = ("gains", name, pairs)  # made for the choice and for test
+    key = ("gains", name)  # made for the choice and for test
     if key not in c.cache:
         coordinates_nm = (c.centred_nd.double() @ encoder_dm).float()
-        c.cache[key] = learn_gains(
-            c.centred_nd,
-            Components(coordinates_nm, directions_md.float()),
-            _pairs(c, pairs),
-            GainSettings(),
-            c.seed,
-            c.device,
-        )
+        c.cache[key] = _learned(c, Components(coordinates_nm, directions_md.float()))
     eye_dd = torch.eye(directions_md.shape[1], dtype=torch.float64)
     weight_dd = eye_dd - (encoder_dm * (1 - c.cache[key].double())) @ directions_md
     centring = fit.centre(c.vectors().statistics(c.sides[-1]))

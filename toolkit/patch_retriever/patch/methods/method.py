@@ -36,6 +36,8 @@ class Method:
     grid: tuple[Setting, ...] = ({},)
     control_of: str | None = None
     """The id of the method that it is a control of; a control is never chosen."""
+    without: str | None = None
+    """The id of the same method without concepts, to say what they add."""
     concepts: bool = False
     """Whether it is made of the SAE's concepts, so that it is no better than the SAE."""
     left_out: str = ""
