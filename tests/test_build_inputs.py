@@ -159,7 +159,10 @@ def test_a_prompt_from_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"prompt": "mine"}, "prompt: no prompt 'mine'; there are plain, paper, one-word, e5v"),
+        (
+            {"prompt": "mine"},
+            "prompt: no prompt 'mine'; there are plain, paper, one-word, e5v, system",
+        ),
         ({"prompt": "gone.yaml"}, "gone.yaml: cannot be read"),
         ({"prompt": {"texts": "a"}}, "unknown key 'prompt.texts'; known keys: name, text, image"),
         ({"prompt": {"instruction": "both"}}, "prompt.instruction: Input should be 'user' or"),

@@ -10,6 +10,7 @@ round.
 
 In memory, all with the same prompts and mean pooling, pictures decoded before:
 - base: plain sentence-transformers, without a patch;
+- cut: the same with the first half of the decoder's layers;
 - export: the folder that we write, with a patch of 64 concepts and a map for each role;
 - live: `PatchedRetriever` with the same patch;
 - official: as the paper's released code encodes, with the language-model head and its loss, all
@@ -35,7 +36,7 @@ import click
 from encoding_worker import make, serve
 from reporting import Report, machine, table
 
-WAYS = ("base", "export", "live", "official", "plain loop", "ours")
+WAYS = ("base", "cut", "export", "live", "official", "plain loop", "ours")
 GOALS = {("export", "base"): 0.98, ("live", "base"): 0.95, ("export", "official"): 2.0}
 """Times the other's items a second, at least."""
 
@@ -115,12 +116,13 @@ def main(
             name,
             f"{way['items_per_second']:.2f}",
             f"{way['peak_mib']:.0f}",
-            *(f"{way['parts'].get(part, 0.0):.1f}" for part in ("prepare", "model")),
+            *(f"{way['parts'].get(part, 0.0):.1f}" for part in ("prepare", "model", "decoder")),
             *(f"{statistics.median(way[key]):.1f}" for key in ("seconds", "cpu_seconds")),
         ]
         for name, way in found.items()
     ]
-    head = ["way", "items/s", "peak memory, MiB", "preparing, s", "model, s", "whole, s", "CPU, s"]
+    parts = ["preparing, s", "model, s", "of it the decoder, s"]
+    head = ["way", "items/s", "peak memory, MiB", *parts, "whole, s", "CPU, s"]
     report.say(*table(head, rows), "")
     ratios, met = {}, {}
     for (ours, other), goal in GOALS.items():
@@ -131,7 +133,13 @@ def main(
         report.say(f"{label}: {ratios[label]:.3f} times the items/s (goal: {goal}, {said})")
     ratios["ours / plain loop"] = ratio(found["ours"]["seconds"], found["plain loop"]["seconds"])
     report.say(f"ours / plain loop: {ratios['ours / plain loop']:.3f} times the items/s")
-    apart = {name: way["apart"] for name, way in found.items() if "apart" in way}
+    decoders = [found[way]["parts"]["decoder"] for way in ("cut", "base")]
+    ratios["decoder of cut / base"] = decoders[0] / decoders[1]
+    report.say(
+        f"cut: {size.layers // 2} of {size.layers} layers, {decoders[0] / decoders[1]:.3f} of the "
+        "decoder's time"
+    )
+    apart = {name: way["apart"] for name, way in found.items() if "apart" in way and name != "cut"}
     report.say(
         "largest difference from base: " + ", ".join(f"{k} {v:.1g}" for k, v in apart.items())
     )

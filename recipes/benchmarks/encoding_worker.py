@@ -20,7 +20,7 @@ from reporting import Peak
 from patch_retriever.items import Item
 from patch_retriever.pictures.picture import PictureFile
 
-ITEMS, MODEL, BASE, EXPORT = "items.jsonl", "model", "base", "export"
+ITEMS, MODEL, BASE, CUT, EXPORT = "items.jsonl", "model", "base", "cut", "export"
 
 
 def make(told: Connection, root: Path, size: dict[str, int], dtype: str) -> None:
@@ -29,7 +29,7 @@ def make(told: Connection, root: Path, size: dict[str, int], dtype: str) -> None
     write_items(root, size)
     torch.manual_seed(0)
     parameters = write_model(root / MODEL, size, dtype)
-    write_folders(root, size["concepts"], dtype)
+    write_folders(root, size, dtype)
     told.send(parameters)
 
 
@@ -117,10 +117,12 @@ def write_model(folder: Path, size: dict[str, int], dtype: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def write_folders(root: Path, concepts: int, dtype: str) -> None:
-    """The base with the paper's readout, and the export of a patch of random concepts on it."""
+def write_folders(root: Path, size: dict[str, int], dtype: str) -> None:
+    """The base with the paper's readout, the same with half of the decoder's layers, and the export
+    of a patch of random concepts on the first."""
     from sentence_transformers import SentenceTransformer
 
+    from patch_retriever.backbones.cut import cut_at
     from patch_retriever.backbones.load import load_backbone, with_readout
     from patch_retriever.backbones.readout import PAPER_READOUT
     from patch_retriever.patch.artefact import Patch
@@ -129,7 +131,9 @@ def write_folders(root: Path, concepts: int, dtype: str) -> None:
 
     transformer = load_backbone(str(root / MODEL), dtype)
     with_readout(transformer, PAPER_READOUT).save(str(root / BASE), create_model_card=False)
-    d = transformer.get_embedding_dimension()
+    half = cut_at(transformer, f"layers.{size['layers'] // 2 - 1}")
+    with_readout(half, PAPER_READOUT).save(str(root / CUT), create_model_card=False)
+    d, concepts = transformer.get_embedding_dimension(), size["concepts"]
     directions_md = torch.nn.functional.normalize(torch.randn(concepts, d), dim=1)
     subtract = Subtract(
         concepts_m=torch.arange(concepts),
@@ -152,16 +156,20 @@ Parts = defaultdict[str, float]
 
 
 def in_memory(way: str, root: Path, batch_size: int, parts: Parts) -> Encode:
-    """Base, export or live, on decoded pictures."""
+    """Base, cut, export or live, on decoded pictures."""
     from sentence_transformers import SentenceTransformer
 
+    from patch_retriever.backbones.families import decoder_path
     from patch_retriever.retriever import PatchedRetriever
 
     model: Any
     if way == "live":
         model = PatchedRetriever.from_folder(root / EXPORT)
     else:
-        model = SentenceTransformer(str(root / (BASE if way == "base" else EXPORT)), device="cpu")
+        folder = {"base": BASE, "cut": CUT, "export": EXPORT}[way]
+        model = SentenceTransformer(str(root / folder), device="cpu")
+        whole = model[0].model
+        timed(whole.get_submodule(decoder_path(whole)), "forward", "decoder", parts)
     timed(model, "preprocess", "prepare", parts)
     timed(model, "forward", "model", parts)
     inputs = [item.load_plain() for item in read_items(root)]

@@ -122,6 +122,15 @@ def test_a_system_message_may_stay_one_beside_the_prompt(content):
     assert rendered == "<|system|>be brief<|end|><|user|>a cat [text?]<|end|>"
 
 
+def test_a_prompt_may_have_a_system_message_of_its_own():
+    levels = replace(ASKING, system="sort")
+    assert [render(levels, user(*c)) for c in ITEMS] == [
+        f"<|system|>sort<|end|>{render(ASKING, user(*c))}" for c in ITEMS
+    ]
+    both = render(replace(SYSTEM, system="sort"), system("be brief"), user(text("a cat")))
+    assert both == ("<|system|>sort<|end|><|system|>be brief<|end|><|user|>a cat [text?]<|end|>")
+
+
 def test_a_variable_takes_the_place_of_any_prompt_after_an_item():
     for prompt in (ASKING, SYSTEM):
         rendered = render(prompt, user(text("a cat")), **{PROMPT_VARIABLE: "[other]"})

@@ -18,7 +18,7 @@ def test_it_ends_with_its_figures(tmp_path):
     figures = json.loads(last)
     assert "| plain loop" in "".join(text)
     ways = figures["ways"]
-    assert list(ways) == ["base", "export", "live", "official", "plain loop", "ours"]
+    assert list(ways) == ["base", "cut", "export", "live", "official", "plain loop", "ours"]
     for way in ways.values():
         assert len(way["seconds"]) == 1
         assert way["items_per_second"] > 0
@@ -26,7 +26,9 @@ def test_it_ends_with_its_figures(tmp_path):
     # the ways that encode without a patch give the same vectors
     assert all(ways[name]["apart"] < 1e-5 for name in ("official", "plain loop", "ours"))
     assert all(ways[name]["apart"] > 1e-2 for name in ("export", "live"))
-    assert set(figures["ratios"]) == {*figures["goals"], "ours / plain loop"}
+    others = {"ours / plain loop", "decoder of cut / base"}
+    assert set(figures["ratios"]) == {*figures["goals"], *others}
+    assert 0.3 < figures["ratios"]["decoder of cut / base"] < 0.8  # half of the layers
     assert figures["parameters"] > 1_000_000
     assert {"cpu", "threads", "goals_met"} <= set(figures)
     assert list(tmp_path.iterdir()) == []

@@ -48,8 +48,8 @@ class BuildConfig(BaseModel):
     preset: Literal["auto", "paper"] = "auto"
     """auto tries readouts on validation; paper pins the paper's."""
     prompt: Prompt | None = None
-    """The only prompt to try: a name (plain, paper, one-word, e5v), or what is said after a text,
-    an image and both, and whether the assistant's turn is opened."""
+    """The only prompt to try: a name (plain, paper, one-word, e5v, system), or what is said after a
+    text, an image and both, and whether the assistant's turn is opened."""
     pooling: PoolingMode | None = None
     """The only pooling to try."""
     max_tokens: int | None = Field(default=None, ge=1)

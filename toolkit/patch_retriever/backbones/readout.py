@@ -68,6 +68,8 @@ class Prompt:
     instruction: Literal["user", "system"] = "user"
     """Where a prompt given at encoding goes: after the item, in place of this one, or into a system
     message before the item, with this one after it."""
+    system: str = ""
+    """What a system message before the item says, where the model's template has such messages."""
 
     def wrap(self, chat_template: str, room: Room | None = None) -> str:
         """`chat_template` with this prompt added to every user turn, in place of any other's.
@@ -89,7 +91,8 @@ class Prompt:
 
         parts = _WRAPPER.partition(_CUT)
         wrapper = "".join(parts if room else parts[::2])
-        head = re.sub("@(text|image|both|takes|room|picture|own)@", literal, wrapper)
+        wrapper += _SYSTEM if self.system else ""
+        head = re.sub("@(text|image|both|takes|room|picture|own|system)@", literal, wrapper)
         if self.generation_prompt:
             head += "{%- set add_generation_prompt = true -%}"
         return head + _END + own_template(chat_template)
@@ -136,6 +139,10 @@ _WRAPPER = (
 {%- set messages = readout.messages -%}
 """
 )
+_SYSTEM = """\
+{%- set said = [{'role': 'system', 'content': [{'type': 'text', 'text': @system@}]}] -%}
+{%- set messages = said + readout.messages -%}
+"""
 _END = "{#- end of the readout -#}"
 PROMPT_VARIABLE = "readout_prompt"
 """The template's variable that takes the place of any prompt after an item."""
@@ -176,7 +183,17 @@ E5V = Prompt(
 )
 """E5-V's own for texts and for images (arXiv 2407.12580, the model's card), for both in their
 manner."""
-PROMPTS = {prompt.name: prompt for prompt in (PLAIN, PAPER, ONE_WORD, E5V)}
+SYSTEM = Prompt(
+    "system",
+    text="\nRepresent the given text in one word: ",
+    image="\nRepresent the given image in one word: ",
+    both="\nRepresent the given image and text in one word: ",
+    generation_prompt=True,
+    system="Given an image, summarize the provided image in one word. "
+    "Given only text, describe the text in one word.",
+)
+"""On two levels, a system message and the user's turn, in the manner of arXiv 2508.00955."""
+PROMPTS = {prompt.name: prompt for prompt in (PLAIN, PAPER, ONE_WORD, E5V, SYSTEM)}
 """All that have a name."""
 TRIED = (PLAIN, PAPER, ONE_WORD)
 """Those that `build` tries on validation."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prompt",
-    metavar="plain|paper|one-word|e5v|FILE.yaml",
+    metavar="plain|paper|one-word|e5v|system|FILE.yaml",
     help="The only prompt to try, by name or your own (docs/inputs.md).",
 )
 @click.option(

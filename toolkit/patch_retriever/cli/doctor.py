@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patch_retriever.backbones.readout import PROMPTS
 from patch_retriever.cli import options
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ PACKAGES = (
 )
 @click.option(
     "--prompt",
-    type=click.Choice(["plain", "paper", "one-word", "e5v"]),
+    type=click.Choice(list(PROMPTS)),
     default="paper",
     show_default=True,
     help="The prompt that MODEL reads them with.",
