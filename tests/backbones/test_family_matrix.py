@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import FAMILIES, NEEDS, missing
+from families import FAMILIES, NEEDS, missing, parameter
 from patch_retriever.backbones.families import decoder_path, image_token_id, residual_norm
 from patch_retriever.backbones.load import load_backbone, set_readout, with_readout
 from patch_retriever.backbones.readout import (
@@ -38,26 +38,20 @@ KINDS = {**ITEMS, "mixed": [item for items in ITEMS.values() for item in items]}
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def loaded(stand_in, name):
-    if lacking := missing(name):
-        pytest.skip(f"{name}: its processor needs {', '.join(lacking)}; see vision_operators.py")
-    return load_backbone(str(stand_in(name)))
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=map(parameter, FAMILIES))
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def transformer(stand_in, name):
-    return loaded(stand_in, name)
+    return load_backbone(str(stand_in(name)))
 
 
 @pytest.fixture(scope="module")
 def probed(stand_in, name):
     """A second copy, which nnsight wraps, and its probe."""
-    transformer = loaded(stand_in, name)
+    transformer = load_backbone(str(stand_in(name)))
     return transformer, Probe(transformer)
 
 
