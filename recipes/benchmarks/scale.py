@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from patch_retriever.stages.features import PatchedFeatures
 
 STAGES = ("collect", "sae", "features", "score", "select", "evaluate")
-ONE_SETTING = plan.Fits(spectra=33, svds=8, solves=2, gains=2, patches=40, shown=40)
+ONE_SETTING = plan.Fits(spectra=33, svds=8, solves=2, gains=3, patches=40, shown=40)
 """One setting of every method."""
 WITHIN = 0.2
 """Of the plan: how far a run may be from it in memory and on disk."""

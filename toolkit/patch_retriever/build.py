@@ -23,6 +23,7 @@ from patch_retriever.backbones.adapter import check_adapter, check_fits
 from patch_retriever.backbones.cut import cut_at
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.load import BUILT_IN, built_in_model, load_backbone, pinned
+from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import layer_number
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import (
@@ -35,6 +36,7 @@ from patch_retriever.data import (
 )
 from patch_retriever.errors import UserError
 from patch_retriever.files import file_hash, value_hash, write_json
+from patch_retriever.patch.fit import fitting_device
 from patch_retriever.patch.methods import methods
 from patch_retriever.patch.methods.adapted import is_refit
 from patch_retriever.progress import Progress, Say, no_progress, silent
@@ -155,7 +157,12 @@ def build_retriever(
         sae = run.stage(
             "sae",
             lambda folder: learn_concepts(
-                store, replace(readout, site=at), config, folder, progress
+                store,
+                replace(readout, site=at),
+                config,
+                folder,
+                progress,
+                fitting_device(device_of(transformer)),
             ),
             after=("collect",),
             settings=asdict(config.sae),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patch_retriever.patch import fit
+from patch_retriever.patch.fit import gate as gate_module
 from patch_retriever.patch.fit.gate import TOLERATED, choose_gate, errors
 from patch_retriever.patch.operators import Affine, apply_maps
 
@@ -143,3 +144,25 @@ def test_without_a_second_plane_maps_are_those_of_images():
     step = Affine("shift", "modality", torch.eye(D).expand(3, D, D), shift_ge)
     moved_nd = apply_maps((step,), gate, x_nd, x_nd, 0) - x_nd
     assert torch.allclose(moved_nd[:, 0], kinds_n.clamp(max=1).float(), atol=1e-5)
+
+
+def test_of_many_items_some_are_fitted_on_and_all_are_judged(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    kinds_n = torch.arange(600) % 3
+    x_nd = torch.randn(600, 6, generator=generator) + 20 * torch.eye(6)[kinds_n]
+    seen = []
+    fit_one = gate_module.fit_gate
+    monkeypatch.setattr(gate_module, "_FITTED_ON", 40)
+    monkeypatch.setattr(
+        gate_module,
+        "fit_gate",
+        lambda x_md, kinds_m, apart: seen.append(kinds_m) or fit_one(x_md, kinds_m, apart),
+    )
+    choice = choose_gate((x_nd, kinds_n), (0, 1, 2))
+    assert seen[0].bincount().tolist() == [40, 40, 40]
+    assert choice.gate is not None
+    assert choice.gate.error == 0
+    # an item that was not fitted on still counts: five texts far among the images
+    wrong = (kinds_n == 0).nonzero()[1:6, 0]
+    x_nd[wrong] = 20 * torch.eye(6)[1]
+    assert choose_gate((x_nd, kinds_n), (0, 1, 2)).gate is None

@@ -53,7 +53,7 @@ class Fits:
     shown: int = 60
 
 
-CHOSEN = Fits(spectra=40, svds=8, solves=2, gains=2, patches=60)
+CHOSEN = Fits(spectra=40, svds=8, solves=2, gains=3, patches=60)
 """One setting of every method, as it is fitted again for the test split."""
 
 

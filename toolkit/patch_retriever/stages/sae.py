@@ -16,14 +16,20 @@ from patch_retriever.sae.convert import with_thresholds, with_unit_rows
 from patch_retriever.sae.formats import load_sae, save_sae
 from patch_retriever.sae.metrics import measure
 from patch_retriever.sae.model import SparseAutoencoder
+from patch_retriever.sae.processes import Processes
 from patch_retriever.sae.settings import POOLED_SHARE
 from patch_retriever.sae.train import HELD_OUT_TOKENS, train_saes
 
 
 def learn_concepts(
-    folder_of_store: Path, readout: Readout, config: BuildConfig, folder: Path, progress: Progress
+    folder_of_store: Path,
+    readout: Readout,
+    config: BuildConfig,
+    folder: Path,
+    progress: Progress,
+    device: str = "cpu",
 ) -> None:
-    """Train the SAE on a store: as `train_sae` would, with the build's seed."""
+    """Train the SAE on a store, on `device`: as `train_sae` would, with the build's seed."""
     store = Store(folder_of_store)
     if config.sae_from is not None:
         sae, about = adopt_sae(config.sae_from, store)
@@ -40,6 +46,7 @@ def learn_concepts(
         pairs_p2d=pairs_p2d,
         role_names=ROLES,
         progress=progress,
+        processes=Processes(device=device),
     )
     return save_sae(trained.sae, folder, trained.about())
 

@@ -14,6 +14,9 @@ from patch_retriever.patch.operators import Gate
 TOLERATED = 0.01
 """Share of a kind's items that a gate may take for another kind; one item of each always may."""
 
+_FITTED_ON = 5_000
+"""Items of each kind that hyperplanes are fitted on, at most; they are judged on all."""
+
 TEXT, IMAGE, BOTH = range(3)
 Labelled = tuple[Tensor, Tensor]
 """What a gate looks at (n, d), and the kinds of these items (n,)."""
@@ -41,7 +44,9 @@ def choose_gate(
     x_nd, kinds_n = fitted_on
 
     def tried(told: Collection[int], rows_n: Tensor, both_apart: bool) -> tuple[Gate, str]:
-        gate = fit_gate(x_nd[rows_n], kinds_n[rows_n], both_apart)
+        rows = torch.cat([_spread((rows_n & (kinds_n == k)).nonzero()[:, 0]) for k in range(3)])
+        rows = rows.sort().values
+        gate = fit_gate(x_nd[rows], kinds_n[rows], both_apart)
         wrong = [errors(gate, *items) for items in judged]
         worst = {k: max(one.get(k, (0.0, True))[0] for one in wrong) for k in told}
         held = all(one[k][1] for one in wrong for k in told if k in one)
@@ -73,6 +78,11 @@ def choose_gate(
 
 
 _NAMES = ("texts", "images", "items with both")
+
+
+def _spread(rows_m: Tensor) -> Tensor:
+    """Up to `_FITTED_ON` of some rows, evenly over all."""
+    return rows_m[:: max(1, -(-len(rows_m) // _FITTED_ON))]
 
 
 def errors(gate: Gate, x_nd: Tensor, kinds_n: Tensor) -> dict[int, tuple[float, bool]]:
