@@ -159,6 +159,7 @@ def large() -> plan.Sizes:
         parameters=7_063_000_000,
         decoder_parameters=6_476_000_000,
         parameter_bytes=2,
+        parts=2,
     )
 
 

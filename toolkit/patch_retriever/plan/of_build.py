@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from patch_retriever.backbones.load import BUILT_IN, built_in_model
+from patch_retriever.backbones.pooling import parts_of
 from patch_retriever.backbones.size import backbone_size
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import SCENES, scenes_data
@@ -44,6 +45,7 @@ def plan_of(config: BuildConfig, n_pairs: int, sae: SparseAutoencoder | None) ->
         sae_steps=0 if sae is not None else config.sae.steps or 0,
         sae_batch=config.sae.batch_size,
         most=config.max_calibration_items,
+        parts=1 if config.preset == "paper" else len(parts_of(config.pooling or "mean+lasttoken")),
         pooled_tokens=config.pooling != "lasttoken",
     )
     if sae is None and config.sae.steps is None:

@@ -49,6 +49,9 @@ class Fits:
     gains: int = 3
     gain_steps: int = 150
     gain_items: int = 1024
+    contrastive: int = 3
+    contrastive_steps: int = 200
+    contrastive_items: int = 512 + 4096
     patches: int = 376
     shown: int = 60
 
@@ -76,9 +79,16 @@ class Sizes:
     sae_batch: int = 1024
     most: int = 20_000
     """Calibration items of a modality that methods are fitted on."""
+    parts: int = 1
+    """Of a pooled vector: two where it is a mean and the last token."""
     pooled_tokens: bool = True
     """Whether the readout pools all tokens; the last alone holds few concepts."""
     fits: Fits = field(default_factory=Fits)
+
+    @property
+    def vector(self) -> int:
+        """Width of a pooled vector."""
+        return self.parts * self.width
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:

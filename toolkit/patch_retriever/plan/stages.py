@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from patch_retriever.patch.methods.alignment import MAX_CANONICAL
 from patch_retriever.plan.sizes import CHOSEN, Fits, Sizes, Split
 from patch_retriever.sae.settings import MOST_TOKENS
 
@@ -67,12 +68,13 @@ def _forward(sizes: Sizes, splits: Sequence[Split]) -> float:
 
 def _vectors(sizes: Sizes, items: int) -> int:
     """Pooled vectors in float32."""
-    return 4 * items * sizes.width
+    return 4 * items * sizes.vector
 
 
 def _feature_bytes(sizes: Sizes, split: Split) -> int:
     """Pooled vectors, tokens' means and codes."""
-    return 2 * _vectors(sizes, split.items) + ENTRY_BYTES * sizes.entries(split)
+    means = 4 * split.items * sizes.width
+    return _vectors(sizes, split.items) + means + ENTRY_BYTES * sizes.entries(split)
 
 
 def _weights(sizes: Sizes) -> int:
@@ -81,15 +83,15 @@ def _weights(sizes: Sizes) -> int:
 
 
 def _square(sizes: Sizes) -> int:
-    """One matrix d x d in float64."""
-    return 8 * sizes.width**2
+    """One square matrix of a pooled vector's width in float64."""
+    return 8 * sizes.vector**2
 
 
 def _readout(sizes: Sizes) -> Stage:
     seen, asked = sizes.calibration.at_most(_SEEN), sizes.validation.at_most(_ASKED)
-    memory = _PARTS * _vectors(sizes, seen.items + asked.items)
+    memory = _PARTS * 4 * (seen.items + asked.items) * sizes.width
     share = min(1.0, _ASKED / max(1, sizes.validation.texts)) ** 2
-    search = 2.0 * 3 * _READOUTS * share * sizes.validation.comparisons * sizes.width
+    search = 2.0 * 3 * _READOUTS * share * sizes.validation.comparisons * sizes.vector
     return Stage("readout", 0, memory, search, model=_forward(sizes, [seen, asked]))
 
 
@@ -155,29 +157,28 @@ def _patch_bytes(sizes: Sizes) -> int:
 def _select(sizes: Sizes) -> Stage:
     split, fits = sizes.bounded(sizes.calibration), sizes.fits
     vectors, groups = _vectors(sizes, split.items), 3 if split.both else 2
-    # a covariance and its eigenvectors for every group: by all, role and modality, and pairs
-    raw = 2 * (1 + 2 + groups + 2) * _square(sizes)
-    kept = 4 * (vectors + 2 * groups * _square(sizes))
+    # eigenvectors for every group: by all, role and modality; of pairs the covariances, too
+    raw = (1 + 2 + groups + 2 * 2) * _square(sizes)
+    kept = 4 * (vectors + groups * _square(sizes))
     working = 6 * _square(sizes)
     memory = 2 * _weights(sizes) + _feature_bytes(sizes, split) + vectors + raw + kept + working
     held_out = sizes.validation
     memory += _feature_bytes(sizes, held_out) + 3 * _vectors(sizes, held_out.items)
-    memory += 4 * _patch_bytes(sizes)  # the best so far, and three draws of a control
-    gate = 4 * 2 * vectors  # float64 copies of the tokens' means, before anything else is made
-    memory = max(memory, 2 * _weights(sizes) + _feature_bytes(sizes, split) + gate)
+    memory += 3 * _patch_bytes(sizes)  # draws of a control
+    memory += _contrastive_bytes(sizes, split)
     return Stage(
         "select",
         _patch_bytes(sizes),
         memory,
         fits.patches * _evaluation(sizes, held_out),
-        _gains(sizes, split),
+        _gains(sizes, split) + _contrastive(sizes, split),
         _decompositions(sizes, fits, split.items / groups),
     )
 
 
 def _decompositions(sizes: Sizes, fits: Fits, rows: float) -> float:
     """Covariances of so many rows, their spectra, and what is made of them."""
-    d = sizes.width
+    d = sizes.vector
     operations = fits.spectra * (2 * rows * d**2 + (EIGH + 2) * d**3)
     operations += fits.svds * ((SVD + 4) * d**3 + 2 * rows * d**2)
     return operations + fits.solves * SOLVE * d**3
@@ -190,10 +191,30 @@ def _gains(sizes: Sizes, split: Split) -> float:
     return fits.gains * fits.gain_steps * 3 * 2.0 * step * sizes.width
 
 
+def _contrastive_bytes(sizes: Sizes, split: Split) -> int:
+    """At a step of the contrastive alignment: three maps with their gradients and Adam's moments,
+    the items of a batch on their way, and its codes."""
+    items = min(sizes.fits.contrastive_items, split.items)
+    maps = 8 * 3 * 4 * sizes.vector * min(sizes.vector, MAX_CANONICAL)
+    entries = items * sizes.entries(split) / max(1, split.items)
+    codes = min(40 * entries, 3 * 4.0 * items * sizes.concepts)
+    return maps + 6 * _vectors(sizes, items) + round(codes) + 3 * _weights(sizes)
+
+
+def _contrastive(sizes: Sizes, split: Split) -> float:
+    """Learning the contrastive alignments: maps, scores, and the codes of those with concepts."""
+    fits, items = sizes.fits, min(sizes.fits.contrastive_items, split.items)
+    active = sizes.entries(split) / max(1, split.items)
+    canonical = min(sizes.vector, MAX_CANONICAL)
+    step = items * (canonical * (sizes.vector + 512) + active * sizes.width)
+    return fits.contrastive * fits.contrastive_steps * 3 * 2.0 * step
+
+
 def _evaluation(sizes: Sizes, split: Split) -> float:
     """A patch on a split: subtraction, maps, and every query against every document."""
     subtracted = 2.0 * sizes.entries(split) * sizes.width
-    return subtracted + 2.0 * split.items * sizes.width**2 + 2.0 * split.comparisons * sizes.width
+    mapped = 2.0 * split.items * sizes.vector**2
+    return subtracted + mapped + 2.0 * split.comparisons * sizes.vector
 
 
 def _evaluate(sizes: Sizes) -> Stage:
@@ -206,7 +227,7 @@ def _evaluate(sizes: Sizes) -> Stage:
         0,
         memory,
         sizes.fits.shown * _evaluation(sizes, split),
-        _gains(sizes, fitted),
+        _gains(sizes, fitted) + _contrastive(sizes, fitted),
         _decompositions(sizes, CHOSEN, fitted.items / 3),
         _forward(sizes, [split]),
     )

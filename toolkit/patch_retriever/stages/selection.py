@@ -202,18 +202,24 @@ def select(
 def _tried(number: int, method: Method, held_out: Sequence[Trial]) -> Iterator[Tried]:
     """Every setting of the method (the `number`-th of each trial) that selects something."""
     for setting in method.grid:
-        made = [trial.methods[number].make(**setting) for trial in held_out]
-        some = next((patches for patches in made if patches), None)
-        if some is None:
-            continue
-        nothing = [replace(some[0], subtract=None, maps=(), layers={})]
-        total: dict[str, list[NDArray[np.float64]]] = {}
-        for trial, patches in zip(held_out, made, strict=True):
-            outcome = evaluate(patches or nothing, trial.features, trial.collection)
-            for task, hits in outcome.hits_by_task.items():
-                total.setdefault(task, []).append(hits)
-        joined = Outcome({task: np.concatenate(hits) for task, hits in total.items()})
-        yield Tried.of(setting, some, joined)
+        if (found := _try(number, setting, held_out)) is not None:
+            yield found
+
+
+def _try(number: int, setting: Setting, held_out: Sequence[Trial]) -> Tried | None:
+    """One setting; its patches, which may be large, end with it."""
+    made = [trial.methods[number].make(**setting) for trial in held_out]
+    some = next((patches for patches in made if patches), None)
+    if some is None:
+        return None
+    nothing = [replace(some[0], subtract=None, maps=(), layers={})]
+    total: dict[str, list[NDArray[np.float64]]] = {}
+    for trial, patches in zip(held_out, made, strict=True):
+        outcome = evaluate(patches or nothing, trial.features, trial.collection)
+        for task, hits in outcome.hits_by_task.items():
+            total.setdefault(task, []).append(hits)
+    joined = Outcome({task: np.concatenate(hits) for task, hits in total.items()})
+    return Tried.of(setting, some, joined)
 
 
 def save_patch(
