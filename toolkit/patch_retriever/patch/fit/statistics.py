@@ -74,8 +74,8 @@ class Moments:
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (d,), ascending, and eigenvectors (d, d), in columns, of the covariance, which
-        is not kept beside them (but its scale is)."""
+        """Eigenvalues (d,), ascending, and eigenvectors (d, d), in columns, of the covariance. That
+        is not kept beside them, but its scale is."""
         values_d, vectors_dd = torch.linalg.eigh(self.covariance_dd)
         assert self.scale > 0
         del self.__dict__["covariance_dd"]
