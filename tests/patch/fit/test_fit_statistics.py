@@ -146,6 +146,7 @@ def test_one_decomposition_of_a_covariance_serves_all_settings(calls):
     shared = fit.Statistics(make_x(), GROUPS, "modality")
     for beta in BETAS:
         fit.realign(shared, beta)
+    assert all("covariance_dd" not in vars(moments) for moments in shared.moments)
     for r in (1, 2, 4):
         fit.all_but_the_top(shared, r)
         fit.pca_whiten(shared, r)
