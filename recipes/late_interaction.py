@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from patch_retriever.backbones.cut import cut_at
 from patch_retriever.backbones.inputs import item_batches
-from patch_retriever.backbones.load import BUILT_IN, load_backbone, set_readout
+from patch_retriever.backbones.load import BUILT_IN, as_read, load_backbone
 from patch_retriever.backbones.pooling import pool, pooling_weights
 from patch_retriever.backbones.readout import LAST, ONE_WORD, Readout
 from patch_retriever.probe import Probe
@@ -30,9 +29,8 @@ from patch_retriever.scenes.tasks import scenes_collection
 
 def tokens_of(cut: str | None, collection: Collection) -> tuple[Tensor, list[Tensor]]:
     """The last token (n, d) and the tokens before it, (t, d) for each item."""
-    whole = load_backbone(BUILT_IN)
-    set_readout(whole, Readout(ONE_WORD, LAST, "lasttoken", cut=cut))
-    transformer = cut_at(whole, cut)
+    readout = Readout(ONE_WORD, LAST, "lasttoken", cut=cut)
+    transformer = as_read(load_backbone(BUILT_IN), readout)
     probe, n = Probe(transformer), len(collection.items)
     last_nd = torch.zeros(n, transformer.get_embedding_dimension())
     others = [last_nd[:0]] * n

@@ -14,9 +14,8 @@ import click
 import torch
 from torch import Tensor
 
-from patch_retriever.backbones.cut import cut_at
 from patch_retriever.backbones.inputs import item_batches
-from patch_retriever.backbones.load import BUILT_IN, load_backbone, set_readout
+from patch_retriever.backbones.load import BUILT_IN, as_read, load_backbone
 from patch_retriever.backbones.pooling import pool, pooling_weights
 from patch_retriever.backbones.readout import LAST, ONE_WORD, Readout
 from patch_retriever.backbones.roles import ROLES, TokenRoles
@@ -36,9 +35,8 @@ SHRINKAGE = 0.5
 
 def parts(cut: str | None, collection: Collection) -> dict[str, Tensor]:
     """The last token and the three means of every item, (n, d) each."""
-    whole = load_backbone(BUILT_IN)
-    set_readout(whole, Readout(ONE_WORD, LAST, "lasttoken", cut=cut))
-    transformer = cut_at(whole, cut)
+    readout = Readout(ONE_WORD, LAST, "lasttoken", cut=cut)
+    transformer = as_read(load_backbone(BUILT_IN), readout)
     probe, roles_of = Probe(transformer), TokenRoles(transformer)
     d = transformer.get_embedding_dimension()
     found = {name: torch.zeros(len(collection.items), d) for name in ("last", *MEANS)}

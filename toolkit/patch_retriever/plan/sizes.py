@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import exp
 
+from patch_retriever.patch.fit import ContrastiveSettings
+from patch_retriever.patch.gains import GainSettings
+
 TEXT_TOKENS = 64
 """Assumed for a text with its prompt."""
 ITEM_TOKENS = 24
@@ -47,11 +50,12 @@ class Fits:
     svds: int = 33
     solves: int = 20
     gains: int = 3
-    gain_steps: int = 150
+    gain_steps: int = GainSettings().steps
     gain_items: int = 1024
     contrastive: int = 3
-    contrastive_steps: int = 200
-    contrastive_items: int = 512 + 4096
+    contrastive_steps: int = ContrastiveSettings().steps
+    contrastive_queries: int = ContrastiveSettings().queries
+    contrastive_documents: int = ContrastiveSettings().documents
     patches: int = 376
     shown: int = 60
 

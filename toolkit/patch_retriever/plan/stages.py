@@ -191,10 +191,15 @@ def _gains(sizes: Sizes, split: Split) -> float:
     return fits.gains * fits.gain_steps * 3 * 2.0 * step * sizes.width
 
 
+def _contrastive_items(sizes: Sizes, split: Split) -> int:
+    """Items of a batch."""
+    return min(sizes.fits.contrastive_queries + sizes.fits.contrastive_documents, split.items)
+
+
 def _contrastive_bytes(sizes: Sizes, split: Split) -> int:
     """At a step of the contrastive alignment: three maps with their gradients and Adam's moments,
     the items of a batch on their way, and its codes."""
-    items = min(sizes.fits.contrastive_items, split.items)
+    items = _contrastive_items(sizes, split)
     maps = 8 * 3 * 4 * sizes.vector * min(sizes.vector, MAX_CANONICAL)
     entries = items * sizes.entries(split) / max(1, split.items)
     codes = min(40 * entries, 3 * 4.0 * items * sizes.concepts)
@@ -203,10 +208,10 @@ def _contrastive_bytes(sizes: Sizes, split: Split) -> int:
 
 def _contrastive(sizes: Sizes, split: Split) -> float:
     """Learning the contrastive alignments: maps, scores, and the codes of those with concepts."""
-    fits, items = sizes.fits, min(sizes.fits.contrastive_items, split.items)
+    fits, items = sizes.fits, _contrastive_items(sizes, split)
     active = sizes.entries(split) / max(1, split.items)
     canonical = min(sizes.vector, MAX_CANONICAL)
-    step = items * (canonical * (sizes.vector + 512) + active * sizes.width)
+    step = items * (canonical * (sizes.vector + fits.contrastive_queries) + active * sizes.width)
     return fits.contrastive * fits.contrastive_steps * 3 * 2.0 * step
 
 

@@ -151,12 +151,9 @@ class Table:
             f"expected regret of the choice on {where}: {100 * choice['regret']:.1f} points "
             f"against the best row ({choice['queries']:,} queries)"
         )
-        lines += [self._added(row) for row in self.rows if row.without in self._ids]
+        ids = {row.id for row in self.rows}
+        lines += [self._added(row) for row in self.rows if row.without in ids]
         return [*lines, *self._matches(), *self.notes, *left_out_lines(self.left_out)]
-
-    @property
-    def _ids(self) -> set[str]:
-        return {row.id for row in self.rows}
 
     def _others(self, row: Row) -> list[Row]:
         """What a row is to be compared with: the same without concepts, and its controls."""

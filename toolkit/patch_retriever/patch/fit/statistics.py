@@ -77,7 +77,7 @@ class Moments:
         """Eigenvalues (d,), ascending, and eigenvectors (d, d), in columns, of the covariance. That
         is not kept beside them, but its scale is."""
         values_d, vectors_dd = torch.linalg.eigh(self.covariance_dd)
-        assert self.scale > 0  # asked for while its covariance is there
+        _ = self.scale  # computed while its covariance is there
         del self.__dict__["covariance_dd"]
         return values_d, vectors_dd
 
