@@ -50,7 +50,7 @@ from patch_retriever.stages.adapter import fit_adapted
 from patch_retriever.stages.evaluation import evaluate_on_test, write_table
 from patch_retriever.stages.fit import best, fit
 from patch_retriever.stages.picking import pick
-from patch_retriever.stages.readout import choose_readout, load_readout
+from patch_retriever.stages.readout import choose_readout, kept_tokens, load_readout
 from patch_retriever.stages.sae import check_width, learn_concepts
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def build_retriever(
             preset=config.preset,
             **{option: value for option, value in (asked | tried).items() if value is not None},
         )
-        readout = load_readout(readouts)
+        readout, kept = load_readout(readouts), kept_tokens(readouts, data)
         say(f"readout: {readout.name}")
         whole, transformer = transformer, cut_at(transformer, readout.cut)
         if config.adapter_from is not None:  # it was trained on the model as the readout cuts it
@@ -150,6 +150,7 @@ def build_retriever(
                 tokens_wanted,
                 config.seed,
                 run.key("collect"),
+                kept,
             ),
             after=("readout",),
             tokens=tokens_wanted,
@@ -168,7 +169,7 @@ def build_retriever(
             settings=asdict(config.sae),
             given=config.sae_from and sae_fingerprint(config.sae_from),
         )
-        fits = [fit(run, transformer, data, readout, sae, config, methods, progress)]
+        fits = [fit(run, transformer, data, readout, sae, config, methods, progress, kept=kept)]
         if config.with_adapter:
             fits.append(
                 fit_adapted(run, transformer, data, readout, sae, fits[0], config, say, progress)

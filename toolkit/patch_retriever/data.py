@@ -28,6 +28,10 @@ class Data:
     about: str
     warning: str = ""
 
+    def items(self) -> tuple[Item, ...]:
+        """Those of all splits, one after the other."""
+        return tuple(item for split in SPLITS for item in self.splits[split].items)
+
 
 def scenes_data(sizes: dict[str, int], seed: int) -> Data:
     """The built-in world; a scene's split is a hash of its content."""

@@ -7,16 +7,18 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from patch_retriever.activations.batches import read_batches
+from patch_retriever.activations.kept import KeptTokens, KeptWriter, tokens_of
 from patch_retriever.activations.sampling import Sampler, tokens_per_item
 from patch_retriever.activations.sinks import SinkCounter
 from patch_retriever.activations.writer import StoreWriter
 from patch_retriever.backbones.families import final_norm_path
 from patch_retriever.backbones.inputs import WINDOW, item_batches
-from patch_retriever.backbones.load import as_read, set_readout
+from patch_retriever.backbones.load import set_readout
 from patch_retriever.backbones.pooling import (
     parts_of,
     patched_part,
@@ -45,9 +47,11 @@ def collect_pooled(
     readouts: Sequence[Readout],
     batch_size: int = 64,
     progress: Progress = no_progress,
+    keep: KeptWriter | None = None,
 ) -> dict[Readout, Tensor]:
     """Pooled vectors (n, d), (n, 2 d) of two parts, under each of several readouts; one forward
-    pass of the whole decoder per prompt serves all its sites, cuts and poolings."""
+    pass of the whole decoder per prompt serves all its sites, cuts and poolings. Their tokens go
+    to `keep`, which takes those of one prompt."""
     found: dict[Readout, Tensor] = {}
     by_inputs: dict[Readout, list[Readout]] = defaultdict(list)
     for readout in readouts:
@@ -57,21 +61,24 @@ def collect_pooled(
     for inputs, group in by_inputs.items():
         set_readout(transformer, inputs)
         probe = Probe(transformer)
+        roles_of = None if keep is None else TokenRoles(transformer)
         sites = sorted({readout.cut or readout.site for readout in group})
         for numbers, features in item_batches(transformer, items, batch_size, progress):
             stream = probe.read(features, sites)
-            tokens: dict[tuple[str, str | None], Tensor] = {}
+            mask_nt = features["attention_mask"]
+            tokens: dict[Readout, Tensor] = {}
             for readout in group:
-                at = (readout.site, readout.cut)
-                if at not in tokens:
-                    tokens[at] = stream[readout.cut or readout.site]
+                if (of := tokens_of(readout)) not in tokens:
+                    tokens[of] = stream[readout.cut or readout.site]
                     if readout.cut is not None:
                         with torch.no_grad():
-                            tokens[at] = norm(tokens[at])
-                pooled_nd = pool_parts(tokens[at], features["attention_mask"], readout.pooling)
+                            tokens[of] = norm(tokens[of])
+                pooled_nd = pool_parts(tokens[of], mask_nt, readout.pooling)
                 if readout not in found:
                     found[readout] = torch.empty(len(items), pooled_nd.shape[1])
                 found[readout][numbers] = pooled_nd.cpu()
+            if keep is not None and roles_of is not None:
+                keep.add([items[i] for i in numbers], tokens, mask_nt, roles_of(features))
     return found
 
 
@@ -87,9 +94,8 @@ def collect_patched(
     """Pooled vectors of `items` by the model that is patched at `layers`, without codes."""
     width = transformer.get_embedding_dimension()
     pooled_nd, mean_nd = _empty(len(items), width, readout)
-    batches = _read_batches(transformer, items, readout, batch_size, progress, layers)
-    for numbers, features, tokens_ntd in batches:
-        mask_nt = features["attention_mask"]
+    batches = read_batches(transformer, items, readout, batch_size, progress, layers)
+    for numbers, tokens_ntd, mask_nt, _ in batches:
         pooled_nd[numbers] = pool_parts(tokens_ntd, mask_nt, readout.pooling).cpu()
         mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
     return Features(pooled_nd, mean_nd, Codes.from_dense(torch.zeros(len(items), 0)), kinds_n)
@@ -98,32 +104,6 @@ def collect_patched(
 def _empty(n: int, d: int, readout: Readout) -> tuple[Tensor, Tensor]:
     """Room for pooled vectors and for the means of raw tokens."""
     return torch.empty(n, len(parts_of(readout.pooling)) * d), torch.empty(n, d)
-
-
-def _read_batches(
-    transformer: Transformer,
-    items: Sequence[Item],
-    readout: Readout,
-    batch_size: int,
-    progress: Progress = no_progress,
-    layers: Mapping[str, Subtract] | None = None,
-    skip: int = 0,
-) -> Generator[tuple[list[int], dict[str, Any], Tensor]]:
-    """Item numbers, features and the tokens (n, t, d) at the readout's site, by batches; of the
-    model that is patched at `layers`, without the first `skip` items in the order of batches. Sets
-    the inputs of the readout now: the probe reads its site, so that the model ends there and keeps
-    no list of all layers."""
-    transformer = as_read(transformer, replace(readout, site=LAST))
-    probe, site = Probe(transformer), readout.site
-    edits = {layer: subtract.on_stream for layer, subtract in (layers or {}).items()}
-
-    def read() -> Generator[tuple[list[int], dict[str, Any], Tensor]]:
-        prepared = item_batches(transformer, items, batch_size, progress, skip=skip)
-        with closing(prepared) as batches:
-            for numbers, features in batches:
-                yield numbers, features, probe.read(features, [site], edits)[site]
-
-    return read()
 
 
 class Tokens(NamedTuple):
@@ -151,6 +131,7 @@ def collect_tokens(
     tokens_wanted: int | None = None,
     seed: int = 0,
     key: str | None = None,
+    kept: KeptTokens | None = None,
 ) -> None:
     """Write the activations of tokens at the readout's site into a store at `folder`.
 
@@ -161,15 +142,18 @@ def collect_tokens(
         key: changes whenever the model, the items or the readout do. With it, a collection that
             was stopped goes on at its last finished shard when the same call is made again (from
             the window of batches in which that ended), and ends with the same bytes.
+        kept: tokens of some of the items, which do not go through the model again.
     """
     per_item = tokens_per_item(len(items), tokens_wanted)
     sampler = Sampler(per_item, seed)
+    known = len(kept.known(items)[0]) if kept is not None and kept.is_of(readout) else 0
     settings = {"batch_size": batch_size, "per_item": per_item, "seed": seed, "n": len(items)}
+    settings |= {"known": known} if known else {}
     identity = None if key is None else {"key": key, **settings}
     writer = StoreWriter(folder, site=readout.site, identity=identity)
     sinks = SinkCounter.from_state(writer.mark.state) if writer.mark.items else SinkCounter()
     seen = writer.mark.items
-    found = token_batches(transformer, items, readout, batch_size, progress, sinks, seen)
+    found = token_batches(transformer, items, readout, batch_size, progress, sinks, seen, kept)
     with closing(found) as batches:
         for tokens in batches:
             kept_t = sampler.keeps(
@@ -177,7 +161,7 @@ def collect_tokens(
             )
             writer.add(*tokens[:4], tokens.sink_t, kept_t)
             seen += tokens.n_items
-            if seen % (WINDOW * batch_size) == 0:
+            if seen >= known and (seen - known) % (WINDOW * batch_size) == 0:
                 writer.set_mark(seen, sinks.state())
     writer.close(pairs, sinks.report())
 
@@ -190,16 +174,16 @@ def token_batches(
     progress: Progress = no_progress,
     sinks: SinkCounter | None = None,
     skip: int = 0,
+    kept: KeptTokens | None = None,
 ) -> Generator[Tokens]:
-    """All tokens by batches, without the first `skip` items; their sinks are counted in `sinks`."""
-    found = _read_batches(transformer, items, readout, batch_size, progress, skip=skip)
-    roles_of = TokenRoles(transformer)
+    """All tokens by batches, without the first `skip` items; their sinks are counted in `sinks`.
+    What is `kept` comes first."""
+    found = read_batches(transformer, items, readout, batch_size, progress, skip=skip, kept=kept)
     sinks = sinks or SinkCounter()
     with closing(found) as batches:
-        for numbers, features, tokens_ntd in batches:
-            mask_nt = features["attention_mask"].bool()
+        for numbers, tokens_ntd, padded_nt, roles_nt in batches:
+            mask_nt = padded_nt.bool()
             pooled_nt = pooling_weights(mask_nt, patched_part(readout.pooling)) > 0
-            roles_nt = roles_of(features)
             sink_nt = sinks.add(tokens_ntd, mask_nt, roles_nt)
             items_nt = torch.tensor(numbers)[:, None].expand(mask_nt.shape)
             mask_on_cpu_nt = mask_nt.cpu()
@@ -223,34 +207,33 @@ def collect_features(
     batch_size: int = 64,
     progress: Progress = no_progress,
     by_role: bool = False,
+    kept: KeptTokens | None = None,
 ) -> Features:
-    """Pooled vectors and pooled codes of `items`, streamed: no token is kept. Codes are pooled like
-    the first part of a pooled vector of two.
+    """Pooled vectors and pooled codes of `items`, streamed: no token stays in memory. What is
+    `kept` does not go through the model. Codes are pooled like the first part of a pooled vector
+    of two.
 
     With `by_role` also each concept's energy on the tokens of each role, for which every token is
     encoded, not only those that the pooling reads.
     """
-    batches = _read_batches(transformer, items, readout, batch_size, progress)
-    roles_of = TokenRoles(transformer) if by_role else None
+    batches = read_batches(transformer, items, readout, batch_size, progress, kept=kept)
     role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = _empty(len(items), sae.d_in, readout)
     scale_n = torch.empty(len(items)) if sae.input_scale == "token" else None
     codes: list[tuple[list[int], Codes]] = []
-    for numbers, features, tokens_ntd in batches:
-        mask_nt = features["attention_mask"]
+    for numbers, tokens_ntd, mask_nt, roles_nt in batches:
         weights_nt = pooling_weights(mask_nt, patched_part(readout.pooling))
         pooled_nd[numbers] = pool_parts(tokens_ntd, mask_nt, readout.pooling).cpu()
         mean_nd[numbers] = pool(tokens_ntd, pooling_weights(mask_nt, "mean")).cpu()
         scale_nt = sae.scale(tokens_ntd.float())
         if scale_n is not None and scale_nt is not None:
             scale_n[numbers] = (scale_nt * weights_nt).sum(1).cpu()
-        roles_nt = None if roles_of is None else roles_of(features).long()
-        encoded_nt = weights_nt > 0 if roles_nt is None else mask_nt.bool()
+        encoded_nt = mask_nt.bool() if by_role else weights_nt > 0
         codes_nc = torch.zeros(len(numbers), sae.n_concepts, device=tokens_ntd.device)
         for item_t, position_t, codes_tc in _encoded(tokens_ntd.float(), encoded_nt, sae):
             codes_nc.index_add_(0, item_t, codes_tc * weights_nt[item_t, position_t, None])
-            if roles_nt is not None:
-                role_energy.add(roles_nt[item_t.cpu(), position_t.cpu()], codes_tc)
+            if by_role:
+                role_energy.add(roles_nt[item_t.cpu(), position_t.cpu()].long(), codes_tc)
         codes.append((numbers, Codes.from_dense(codes_nc.cpu())))
     energy_cr = role_energy.mean_cr() if by_role else None
     return Features(pooled_nd, mean_nd, Codes.from_batches(codes), kinds_n, energy_cr, scale_n)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from patch_retriever.activations.kept import KEPT_BYTES
 from patch_retriever.patch.methods.alignment import MAX_CANONICAL
 from patch_retriever.plan.sizes import CHOSEN, Fits, Sizes, Split
 from patch_retriever.sae.settings import MOST_TOKENS
@@ -24,8 +25,8 @@ _MINED = 5
 """Hard negatives of every query."""
 _SEEN, _ASKED = 4000, 1000
 """Items of each modality that readouts are aligned by and asked about, at most."""
-_READOUTS, _PARTS = 12, 16
-"""Readouts of one prompt, and the parts that their vectors have."""
+_READOUTS, _PARTS, _ENDS = 12, 16, 4
+"""Readouts of one prompt, the parts that their vectors have, and the ends of the decoder."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,22 @@ def _readout(sizes: Sizes) -> Stage:
     memory = _PARTS * 4 * (seen.items + asked.items) * sizes.width
     share = min(1.0, _ASKED / max(1, sizes.validation.texts)) ** 2
     search = 2.0 * 3 * _READOUTS * share * sizes.validation.comparisons * sizes.vector
-    return Stage("readout", 0, memory, search, model=_forward(sizes, [seen, asked]))
+    disk = round(_kept_tokens(sizes) * sizes.width * sizes.parameter_bytes)
+    return Stage("readout", disk, memory, search, model=_forward(sizes, [seen, asked]))
+
+
+def _kept_tokens(sizes: Sizes) -> float:
+    """Tokens that go through the model while readouts are tried and never again."""
+    read = sum(
+        sizes.tokens(split)
+        for split in (sizes.calibration.at_most(_SEEN), sizes.validation.at_most(_ASKED))
+    )
+    return min(read, KEPT_BYTES / (_ENDS * sizes.width * sizes.parameter_bytes))
+
+
+def _kept_forward(sizes: Sizes, most: int) -> float:
+    """Operations that those tokens save, `most` of them at the most."""
+    return 2.0 * sizes.decoder_parameters * min(most, _kept_tokens(sizes))
 
 
 def store_tokens(sizes: Sizes) -> int:
@@ -105,6 +121,7 @@ def _collect(sizes: Sizes) -> Stage:
     tokens = store_tokens(sizes)
     shard = 2 * 16_384 * 2 * sizes.width
     forward = _forward(sizes, [sizes.calibration])
+    forward -= _kept_forward(sizes, sizes.tokens(sizes.calibration.at_most(_SEEN)))
     return Stage("collect", tokens * (2 * sizes.width + 7), shard, model=forward)
 
 
@@ -129,7 +146,8 @@ def _features(sizes: Sizes) -> Stage:
     # the codes of batches and, stacked, of all
     memory = 2 * _weights(sizes) + 2 * largest
     operations = 2.0 * encoded * sizes.width * sizes.concepts
-    return Stage("features", disk, memory, model=operations + _forward(sizes, sizes.splits))
+    forward = _forward(sizes, sizes.splits) - _kept_forward(sizes, encoded)
+    return Stage("features", disk, memory, model=operations + forward)
 
 
 def _score(sizes: Sizes) -> Stage:

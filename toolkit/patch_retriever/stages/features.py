@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patch_retriever.activations.collect import collect_features, collect_patched
+from patch_retriever.activations.kept import KeptTokens
 from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.data import SPLITS, Data
@@ -38,15 +39,25 @@ def collect_splits(
     batch_size: int,
     progress: Progress,
     splits: Sequence[str] = SPLITS,
+    kept: KeptTokens | None = None,
 ) -> None:
-    """Pooled vectors and pooled codes of every split (or of some), one file each."""
+    """Pooled vectors and pooled codes of every split (or of some), one file each; what is `kept`
+    does not go through the model."""
     sae = load_sae(sae_folder).to(device_of(transformer))
     for split in splits:
         collection = data.splits[split]
         kinds_n = torch.from_numpy(collection.kinds())
         by_role = split == "calibration"  # what concepts are scored on
         found = collect_features(
-            transformer, collection.items, readout, sae, kinds_n, batch_size, progress, by_role
+            transformer,
+            collection.items,
+            readout,
+            sae,
+            kinds_n,
+            batch_size,
+            progress,
+            by_role,
+            kept,
         )
         found.save(folder / f"{split}.safetensors")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patch_retriever.activations.kept import KeptTokens
 from patch_retriever.backbones.placement import device_of
 from patch_retriever.backbones.readout import Readout
 from patch_retriever.config import MOST_ITEMS, BuildConfig
@@ -94,8 +95,10 @@ def fit(
     methods: Callable[[Calibration], Iterator[Method]],
     progress: Progress,
     adapter: AbstractContextManager[object] | None = None,
+    kept: KeptTokens | None = None,
 ) -> Fit:
-    """Run the stages, or take what they left; with an `adapter` those whose names end so."""
+    """Run the stages, or take what they left; with an `adapter` those whose names end so. `kept`
+    are tokens of the backbone as it is."""
     weights, end = (NO_CHANGE, "") if adapter is None else (adapter, ADAPTED)
     trained = () if adapter is None else ("adapter",)
     # where the SAE is trained and concepts are subtracted
@@ -112,7 +115,7 @@ def fit(
     features = stage(
         "features",
         lambda folder: collect_splits(
-            transformer, data, at, sae, folder, config.batch_size, progress, splits
+            transformer, data, at, sae, folder, config.batch_size, progress, splits, kept
         ),
         "sae",
         *trained,

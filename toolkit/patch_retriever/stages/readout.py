@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from patch_retriever.activations.collect import collect_pooled
+from patch_retriever.activations.kept import KeptTokens, KeptWriter
 from patch_retriever.backbones.cut import can_skip_mlp, stream_is_whole
 from patch_retriever.backbones.families import n_layers
 from patch_retriever.backbones.readout import PAPER_READOUT, POOLINGS, TRIED, Readout, readout_grid
@@ -36,6 +37,7 @@ _PAIRS_FOR_MEANS, _PAIRS_FOR_ALIGNMENT = 25, 2000
 """Calibration pairs of every direction that readouts are centred and aligned by."""
 _SHRINKAGE = 0.5
 """Of the covariances of that alignment."""
+_KEPT = "tokens"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def choose_readout(
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Try every readout of the grid on validation; writes `readout.json` (all scores, the best).
+    """Try every readout of the grid on validation; writes `readout.json` (all scores, the best),
+    and keeps the tokens that it has read under the best.
 
     First the prompt, on a few queries of every task, by readouts as they are and centred, with
     means from a few calibration items. Then, for that prompt and on more queries, the end of the
@@ -84,8 +87,10 @@ def choose_readout(
     )
     grid = [readout for readout in every if stream_is_whole(model, readout.cut)]
 
-    def pooled(items: Sequence[Item], readouts: Sequence[Readout]) -> dict[Readout, Tensor]:
-        return collect_pooled(transformer, items, readouts, config.batch_size, progress)
+    def pooled(
+        items: Sequence[Item], readouts: Sequence[Readout], keep: KeptWriter | None = None
+    ) -> dict[Readout, Tensor]:
+        return collect_pooled(transformer, items, readouts, config.batch_size, progress, keep)
 
     calibration, validation = data.splits["calibration"], data.splits["validation"]
     scores: dict[Readout, Scores] = {}
@@ -99,7 +104,9 @@ def choose_readout(
         rest = [readout for readout in grid if readout.prompt == prompt]
     many = Sample.of(calibration, _PAIRS_FOR_ALIGNMENT)
     asked = some_queries(validation, _QUERIES)
-    held_out, seen = pooled(asked.items, rest), pooled(many.items, rest)
+    keep = KeptWriter(folder / _KEPT, data.items())
+    # calibration first, if not all can be kept: its tokens are read by two stages
+    seen, held_out = pooled(many.items, rest, keep), pooled(asked.items, rest, keep)
     scores |= {r: _scores(seen[r], many, held_out[r], asked, align=True) for r in rest}
     best = max(rest, key=lambda readout: scores[readout].best)
     values = {
@@ -107,6 +114,7 @@ def choose_readout(
         "scores": {readout.name: found.best for readout, found in scores.items()},
         "by": {readout.name: asdict(found) for readout, found in scores.items()},
     }
+    keep.close(best)
     write_json(folder / "readout.json", values)
 
 
@@ -171,3 +179,9 @@ def _scores(
 def load_readout(folder: Path) -> Readout:
     """The readout that `choose_readout` chose."""
     return Readout.from_json(json.loads((folder / "readout.json").read_text())["chosen"])
+
+
+def kept_tokens(folder: Path, data: Data) -> KeptTokens | None:
+    """The tokens that `choose_readout` read under the readout that it chose, if it read any."""
+    kept = folder / _KEPT
+    return KeptTokens(kept, data.items()) if kept.is_dir() else None

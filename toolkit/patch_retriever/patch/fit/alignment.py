@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from patch_retriever.patch.fit.decomposition import svd
 from patch_retriever.patch.fit.statistics import PairStatistics, affine
 from patch_retriever.patch.operators import Affine
 
@@ -19,7 +20,7 @@ def procrustes(pairs: PairStatistics) -> Affine:
     """
 
     def rotation(kind: int) -> Tensor:
-        u, _, vt = torch.linalg.svd(pairs.cross[kind])
+        u, _, vt = svd(pairs.cross[kind])
         return u @ vt
 
     return _onto_images("procrustes", pairs, rotation)
@@ -52,7 +53,7 @@ def cca(pairs: PairStatistics, shrinkage: float, r: int) -> Affine:
     """
     text, both = 0, 2
     text_root, image_root = (side.inverse_root(shrinkage) for side in pairs.sides[text])
-    u, s_d, vt = torch.linalg.svd(text_root @ pairs.cross[text] @ image_root)
+    u, s_d, vt = svd(text_root @ pairs.cross[text] @ image_root)
     gain_r = (s_d[:r] / s_d[0]).sqrt()
     weights = [text_root @ u[:, :r] * gain_r, image_root @ vt[:r].T * gain_r]
     if both in pairs.sides:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patch_retriever.patch.fit.decomposition import svd
 from patch_retriever.patch.fit.statistics import RANK, Moments, affine
 from patch_retriever.patch.operators import Affine
 
 
 def remove_subspace(directions_md: Tensor, r: int | None = None) -> Affine:
     """x - V V^T x, V the first `r` right singular vectors of `directions_md` (paper, Eq. 8-10)."""
-    _, _, vt = torch.linalg.svd(directions_md.double(), full_matrices=False)
+    _, _, vt = svd(directions_md.double(), full_matrices=False)
     v_rd = vt[: r or len(vt)]
     weight_dd = torch.eye(v_rd.shape[1], dtype=torch.float64) - v_rd.T @ v_rd
     return affine("remove-subspace", "all", [torch.zeros(v_rd.shape[1]).double()], [weight_dd])
@@ -39,7 +40,7 @@ def leace(moments: Moments, labels_n: Tensor) -> Affine:
         cross_zd.index_add_(0, labels_m[starts : starts + len(x_md)], x_md - mean_d)
         starts += len(x_md)
     cross_dz = cross_zd.T / (moments.n - 1)
-    u_rz, s_z, _ = torch.linalg.svd((vectors_dr / roots_d).T @ cross_dz, full_matrices=False)
+    u_rz, s_z, _ = svd((vectors_dr / roots_d).T @ cross_dz, full_matrices=False)
     u_rz = u_rz[:, s_z > 1e-8]  # z sums to one, so its last direction is always empty
     removed_dd = (vectors_dr / roots_d @ u_rz) @ (vectors_dr * roots_d @ u_rz).T
     weight_dd = torch.eye(len(mean_d), dtype=torch.float64).to(removed_dd) - removed_dd
