@@ -322,11 +322,11 @@ def select_methods(size: Size, folder: Path) -> None:
     from patch_retriever.backbones.readout import PAPER_READOUT
     from patch_retriever.progress import no_progress
     from patch_retriever.stages.selection import select
-    from patch_retriever.stages.trials import Trial
+    from patch_retriever.stages.trials import HeldOut, Trial
 
     calibration, data, saved, every = fitted(size, folder)
-    trial = Trial(tuple(every), saved.of("validation"), data.splits["validation"])
-    select(calibration, [trial], PAPER_READOUT, folder / "select", no_progress, every)
+    held_out = HeldOut([Trial(tuple(every), saved.of("validation"), data.splits["validation"])])
+    select(calibration, held_out, PAPER_READOUT, folder / "select", no_progress, every)
 
 
 def evaluate_methods(size: Size, folder: Path) -> None:

@@ -20,7 +20,7 @@ from patch_retriever.stages.features import SavedFeatures
 from patch_retriever.stages.fit import fit
 from patch_retriever.stages.readout import load_readout
 from patch_retriever.stages.selection import load_calibration, select
-from patch_retriever.stages.trials import Trial
+from patch_retriever.stages.trials import HeldOut, Trial
 
 DATA = scenes_data(SMALL_SCENES, 0)
 MOST = 40
@@ -68,8 +68,8 @@ def test_the_device_is_the_calibrations(run):
 def test_the_patch_says_how_many_items_it_was_fitted_on(run, tmp_path):
     c, saved = bounded(run, MOST), SavedFeatures(run / "features")
     few = tuple(m for m in methods(c) if m.id in ("base", "realign-role"))
-    trial = Trial(few, saved.of("validation"), DATA.splits["validation"])
-    select(c, [trial], load_readout(run / "readout"), tmp_path, no_progress, few)
+    held_out = HeldOut([Trial(few, saved.of("validation"), DATA.splits["validation"])])
+    select(c, held_out, load_readout(run / "readout"), tmp_path, no_progress, few)
     about = json.loads((tmp_path / "patch/patch.json").read_text())["about"]
     items = len(DATA.splits["calibration"].items)
     assert about["calibration_items"] == {"used": 3 * MOST, "of": items}

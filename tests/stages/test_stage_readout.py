@@ -16,7 +16,13 @@ from patch_retriever.data import scenes_data
 from patch_retriever.items import KINDS
 from patch_retriever.progress import no_progress
 from patch_retriever.retrieval.evaluate import evaluate_pooled
-from patch_retriever.stages.readout import Sample, choose_readout, load_readout, some_queries
+from patch_retriever.stages.readout import (
+    Sample,
+    choose_readout,
+    kept_tokens,
+    load_readout,
+    some_queries,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,26 @@ def test_scores_are_those_of_plain_steps(chosen, random_model, data):
     assert found["centred"] == pytest.approx(
         evaluate_pooled(centred_nd, validation).score, abs=0.02
     )
+
+
+def test_tokens_of_what_was_read_under_the_chosen_readout_are_kept(chosen, data):
+    kept = kept_tokens(chosen, data)
+    assert kept.is_of(load_readout(chosen))
+    asked = some_queries(data.splits["validation"], 100)
+    read = {id(item) for item in Sample.of(data.splits["calibration"], 2000).items + asked.items}
+    everything = data.items()
+    known, left = kept.known(everything)
+    assert {id(everything[i]) for i in known} == read
+    assert sorted([*known, *left]) == list(range(len(everything)))
+    # of the other ends of the decoder nothing is left on disk
+    (tokens,) = (path for path in chosen.iterdir() if path.is_dir())
+    assert len({path.name.partition("-")[0] for path in tokens.glob("*.safetensors")}) == 1
+
+
+def test_with_the_papers_readout_nothing_is_read_and_nothing_kept(random_model, data, tmp_path):
+    config = BuildConfig(model=str(random_model), preset="paper")
+    choose_readout(load_backbone(str(random_model)), data, config, tmp_path, no_progress)
+    assert kept_tokens(tmp_path, data) is None
 
 
 @pytest.mark.parametrize("pairs", [3, 10, 1000])

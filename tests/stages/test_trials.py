@@ -164,6 +164,7 @@ def test_every_trial_is_fitted_and_scored_on_the_items_that_it_is_not_judged_on(
     }
     made, whole = make_calibration(splits)
     seen = []
+    joined = Collection.joined(list(splits.values()))
 
     def spy(c):
         seen.append(c)
@@ -175,10 +176,13 @@ def test_every_trial_is_fitted_and_scored_on_the_items_that_it_is_not_judged_on(
 
     found = tuple(spy(whole))
     held_out = trials(whole, found, Data(splits, ""), features, spy, 4)
-    assert len(held_out) == 4 and len(seen) == 5
+    assert (held_out.folds, held_out.repeats) == (4, 3) and len(held_out.trials) == 12
+    assert len(seen) == 1  # none is made before its turn
+    made_trials = list(held_out.trials)
+    assert len(seen) == 13
     every = {tuple(row.tolist()) for row in whole.features.pooled_nd}
     queries = 0
-    for c, trial in zip(seen[1:], held_out, strict=True):
+    for c, trial in zip(seen[1:], made_trials, strict=True):
         fitted = {tuple(row.tolist()) for row in c.features.pooled_nd}
         judged_features = trial.features(Patch("last_hidden_state"))
         judged = {tuple(row.tolist()) for row in judged_features.pooled_nd}
@@ -186,10 +190,14 @@ def test_every_trial_is_fitted_and_scored_on_the_items_that_it_is_not_judged_on(
         assert len(judged_features.kinds_n) == len(trial.collection.items)
         assert np.array_equal(judged_features.kinds_n.numpy(), trial.collection.kinds())
         queries += sum(len(task.queries) for task in trial.collection.tasks)
+        named = [joined.items[number].text for number in trial.numbers_m]
+        assert named == [item.text for item in trial.collection.items]
         for pairs_n2 in c.pairs.values():
             assert int(pairs_n2.max()) < len(c.features.pooled_nd)
             assert bool((c.kinds_n[pairs_n2[:, 0]] != c.kinds_n[pairs_n2[:, 1]]).all())
-    assert queries == 2 * 28
+    assert queries == 3 * 2 * 28
+    asked = [{trial.numbers_m for trial in made_trials[4 * part :][:4]} for part in range(3)]
+    assert asked[0] != asked[1] != asked[2]  # other folds every time
     assert scored_on == [{tuple(row.tolist()) for row in c.features.pooled_nd} for c in seen[1:]]
 
 
@@ -200,9 +208,11 @@ def test_with_one_fold_validation_alone_judges_what_calibration_gave():
     }
     found = (Method("base", "base", "nothing", list),)
     asked = []
-    (trial,) = trials(
+    held_out = trials(
         None, found, Data(splits, ""), lambda names, _: asked.append(tuple(names)), None, 1
     )
+    assert held_out.about == {"folds": 1, "repeats": 1, "measure": "score"}
+    (trial,) = held_out.trials
     assert trial.methods is found
     assert trial.collection is splits["validation"]
     trial.features(Patch("last_hidden_state"))

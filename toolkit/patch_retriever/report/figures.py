@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SMALL = (4.6, 3.3)
 """Inches: letters stay readable on a phone."""
-SCORE = "score on validation (%)"
+SCORE = "score on held-out queries (%)"
 
 
 @dataclass(frozen=True)

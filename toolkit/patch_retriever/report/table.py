@@ -147,9 +147,10 @@ class Table:
                 f"> exported: picked by its id ({setting_text(exported.setting)})",
                 f"* {where} would have chosen: {why} ({of_choice})",
             ]
+        measure = choice.get("measure", "score")
         lines.append(
-            f"expected regret of the choice on {where}: {100 * choice['regret']:.1f} points "
-            f"against the best row ({choice['queries']:,} queries)"
+            f"expected regret of the choice on {where}: {100 * choice['regret']:.1f} points of "
+            f"{measure} against the best row ({choice['queries']:,} queries)"
         )
         ids = {row.id for row in self.rows}
         lines += [self._added(row) for row in self.rows if row.without in ids]
@@ -233,7 +234,8 @@ def judged_on(choice: dict[str, Any]) -> str:
     """What a choice was made on, in words (`choice` as in `selection.json`)."""
     if choice["folds"] == 1:
         return "validation"
-    return f"{choice['folds']}-fold cross-validation"
+    times = choice.get("repeats", 1)
+    return f"{choice['folds']}-fold cross-validation" + (f" ({times} times)" if times > 1 else "")
 
 
 def left_out_lines(left_out: Iterable[dict[str, str]]) -> list[str]:

@@ -13,13 +13,14 @@ from torch import Tensor
 from patch_retriever.features import Features
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.retrieval.collection import Collection
-from patch_retriever.retrieval.metrics import hits, ranks
+from patch_retriever.retrieval.metrics import Measure, hits, ranks
 from patch_retriever.retrieval.statistics import Difference, Resamples
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hits of one method on every task: `hits_by_task[task]` is (q, 3), for R@1, 5, 10.
+    """Hits of one method on every task: `hits_by_task[task]` is (q, 3), for R@1, 5, 10; or what its
+    queries score by another measure, (q, m).
 
     Controls that are drawn at random hold the mean over their draws.
     """
@@ -28,7 +29,8 @@ class Outcome:
 
     @property
     def score(self) -> float:
-        """What choices are made by: the mean of R@1, R@5 and R@10 over all tasks."""
+        """What choices are made by: the mean of R@1, R@5 and R@10 (or of another measure) over all
+        tasks."""
         return float(np.mean([h.mean() for h in self.hits_by_task.values()]))
 
     def recalls(self, task: str) -> tuple[float, float, float]:
@@ -41,6 +43,7 @@ def evaluate(
     patches: Sequence[Patch],
     features: Features | Callable[[Patch], Features],
     collection: Collection,
+    measure: Measure = hits,
 ) -> Outcome:
     """Mean outcome of `patches` (several only for random controls) on a collection's tasks.
 
@@ -50,24 +53,29 @@ def evaluate(
     for patch in patches:
         found = features(patch) if callable(features) else features
         queries_ne, documents_ne = (side.numpy() for side in patch.embed_both(found))
-        outcome = evaluate_embeddings(queries_ne, documents_ne, collection)
+        outcome = evaluate_embeddings(queries_ne, documents_ne, collection, measure)
         for name, hit in outcome.hits_by_task.items():
             total[name] = total.get(name, 0) + hit / len(patches)
     return Outcome(total)
 
 
 def evaluate_embeddings(
-    as_query_nd: NDArray[np.float32], as_document_nd: NDArray[np.float32], collection: Collection
+    as_query_nd: NDArray[np.float32],
+    as_document_nd: NDArray[np.float32],
+    collection: Collection,
+    measure: Measure = hits,
 ) -> Outcome:
     """Outcome of embeddings of all of a collection's items, as queries and as documents."""
     return Outcome(
         {
-            task.name: hits(
+            task.name: measure(
                 ranks(
                     as_query_nd[list(task.queries)],
                     as_document_nd[list(task.documents)],
                     task.relevant,
-                )
+                    depth=len(task.documents),
+                ),
+                len(task.documents),
             )
             for task in collection.tasks
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -63,9 +63,21 @@ def ranks(
     return ranks_q
 
 
-def hits(ranks_q: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Whether each query has a hit at each of `CUTOFFS`, (q, 3) of 0 and 1."""
+Measure = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+"""What queries score by the ranks (q,) of what answers them and the number of documents, (q, m)."""
+
+
+def hits(ranks_q: NDArray[np.int64], _n: int = 0) -> NDArray[np.float64]:
+    """Whether each query has a hit at each of `CUTOFFS`, (q, 3) of 0 and 1; of any number of
+    documents."""
     return (ranks_q[:, None] <= np.array(CUTOFFS)).astype(np.float64)
+
+
+def log_recall(ranks_q: NDArray[np.int64], n: int) -> NDArray[np.float64]:
+    """The area under every query's R@k over log k, from 1 to `n` documents: 1 - log rank / log n,
+    (q, 1). R@1, R@5 and R@10 are three points of that curve, and say less where n is small."""
+    area_q = 1 - np.log(ranks_q) / np.log(max(n, 2))
+    return np.clip(area_q, 0, 1)[:, None]
 
 
 def query_metrics(

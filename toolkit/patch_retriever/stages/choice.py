@@ -18,12 +18,11 @@ _COST: dict[Needs, int] = {"nothing": 0, "unpaired items": 1, "pairs": 2, "train
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method in its best setting, how many operators its patch has, and its outcome."""
+    """A method in its best setting, and its outcome."""
 
     id: str
     title: str
     needs: Needs
-    operators: int
     outcome: Outcome
 
 
@@ -52,8 +51,8 @@ def choose(candidates: Sequence[Candidate], base: str, seed: int) -> Choice:
 
     If the 95% interval of the best one's score less that of `base` (an id) does not lie above zero,
     it is `base`. Else, of those within one standard error of the best (the one-standard-error rule,
-    Breiman et al. 1984) that are told from the base, too, the one that needs least; then the one
-    with fewest operators; then the best. Differences are paired, by bootstrap over queries.
+    Breiman et al. 1984) that are told from the base, too, the best of those that need least.
+    Differences are paired, by bootstrap over queries.
     """
     sizes = {task: len(hits) for task, hits in candidates[0].outcome.hits_by_task.items()}
     resamples = Resamples(sizes, seed)
@@ -75,7 +74,7 @@ def choose(candidates: Sequence[Candidate], base: str, seed: int) -> Choice:
         chosen = by_id[base]
     else:
         equals = [one for one in above if as_good(one)]
-        chosen = min(equals, key=lambda o: (_COST[o.needs], o.operators, -o.outcome.score))
+        chosen = min(equals, key=lambda o: (_COST[o.needs], -o.outcome.score))
     if chosen is best:
         reason = "best score"
     elif chosen.id == base:

@@ -163,6 +163,6 @@ def fit(
         *([] if config.patch_at is None else [f"unpatched{end}"]),
         **({} if most == MOST_ITEMS else {"max_calibration_items": most}),
         folds=folds if len(on) > 1 else 1,
-        rules=3,  # raised when choices are made by others, so that they are made again
+        rules=4,  # raised when choices are made by others, so that they are made again
     )
     return Fit(weights, patched, concepts, calibration, found, selected, f"select{end}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import patch_retriever
 from patch_retriever.backbones.readout import Readout
@@ -24,18 +22,17 @@ from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration, Layer
 from patch_retriever.patch.fit import choose_gate
 from patch_retriever.patch.methods import Method
-from patch_retriever.patch.methods.method import Setting
 from patch_retriever.patch.operators import Subtract
 from patch_retriever.patch.sample import sampled_items
 from patch_retriever.progress import Progress
 from patch_retriever.retrieval.collection import Collection
-from patch_retriever.retrieval.evaluate import Outcome, evaluate
 from patch_retriever.sae.formats import load_sae
 from patch_retriever.sae.quality import problem
 from patch_retriever.stages.choice import Candidate, choose
 from patch_retriever.stages.features import SavedFeatures
+from patch_retriever.stages.judging import judge
 from patch_retriever.stages.scoring import scored
-from patch_retriever.stages.trials import Trial, items_and_pairs
+from patch_retriever.stages.trials import HeldOut, items_and_pairs
 
 NO_CONCEPT = "no concept is selected in any setting"
 
@@ -100,44 +97,9 @@ def load_calibration(
     )
 
 
-@dataclass(frozen=True)
-class Tried:
-    """A setting of a method: its outcome on held-out queries, how many concepts its patch
-    subtracts and how many operators it has, and how a control's concepts match."""
-
-    setting: Setting
-    outcome: Outcome
-    concepts: int
-    operators: int
-    match: dict[str, float] | None
-
-    @classmethod
-    def of(cls, setting: Setting, patches: Sequence[Patch], outcome: Outcome) -> Tried:
-        """From the patches of the setting (several draws of a control)."""
-        first = patches[0]
-        matches = [patch.about["match"] for patch in patches if "match" in patch.about]
-        match = None
-        if matches:
-            match = {
-                "overlap": max(one["overlap"] for one in matches),
-                "energy_ratio": sum(one["energy_ratio"] for one in matches) / len(matches),
-            }
-        operators = len(first.subtractions) + len(first.maps)
-        return cls(setting, outcome, len(first.strengths), operators, match)
-
-    def to_json(self) -> dict[str, Any]:
-        """As an entry of `tried` in `selection.json`."""
-        values = {
-            "setting": self.setting,
-            "validation_score": self.outcome.score,
-            "concepts": self.concepts,
-        }
-        return values if self.match is None else {**values, "match": self.match}
-
-
 def select(
     calibration: Calibration,
-    held_out: Sequence[Trial],
+    held_out: HeldOut,
     readout: Readout,
     folder: Path,
     progress: Progress,
@@ -152,8 +114,7 @@ def select(
     choices: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
     candidates: list[Candidate] = []
-    for number, method in enumerate(progress(found, len(found))):
-        tried = [] if method.left_out else list(_tried(number, method, held_out))
+    for method, tried in zip(found, judge(found, held_out, progress), strict=True):
         # of all items it may select nothing where it did of some
         tops = sorted(tried, key=lambda one: -one.outcome.score)
         top = next((one for one in tops if method.make(**one.setting)), None)
@@ -174,9 +135,7 @@ def select(
             }
         )
         if method.control_of is None:
-            candidates.append(
-                Candidate(method.id, method.title, method.needs, top.operators, top.outcome)
-            )
+            candidates.append(Candidate(method.id, method.title, method.needs, top.outcome))
     choice = choose(candidates, candidates[0].id, calibration.seed)
     chosen = next(one for one in choices if one["id"] == choice.id)
     gate = calibration.gate
@@ -188,7 +147,7 @@ def select(
         {
             "exported": chosen["method"],
             "exported_id": choice.id,
-            "choice": {**choice.to_json(), "folds": len(held_out)},
+            "choice": {**choice.to_json(), **held_out.about},
             "gate": None if gate is None else {"margin": gate.margin, "error": gate.error},
             "notes": notes,
             "methods": choices,
@@ -197,29 +156,6 @@ def select(
     )
     method = next(one for one in found if one.id == choice.id)
     save_patch(method, chosen, calibration, readout, folder / "patch")
-
-
-def _tried(number: int, method: Method, held_out: Sequence[Trial]) -> Iterator[Tried]:
-    """Every setting of the method (the `number`-th of each trial) that selects something."""
-    for setting in method.grid:
-        if (found := _try(number, setting, held_out)) is not None:
-            yield found
-
-
-def _try(number: int, setting: Setting, held_out: Sequence[Trial]) -> Tried | None:
-    """One setting; its patches, which may be large, end with it."""
-    made = [trial.methods[number].make(**setting) for trial in held_out]
-    some = next((patches for patches in made if patches), None)
-    if some is None:
-        return None
-    nothing = [replace(some[0], subtract=None, maps=(), layers={})]
-    total: dict[str, list[NDArray[np.float64]]] = {}
-    for trial, patches in zip(held_out, made, strict=True):
-        outcome = evaluate(patches or nothing, trial.features, trial.collection)
-        for task, hits in outcome.hits_by_task.items():
-            total.setdefault(task, []).append(hits)
-    joined = Outcome({task: np.concatenate(hits) for task, hits in total.items()})
-    return Tried.of(setting, some, joined)
 
 
 def save_patch(

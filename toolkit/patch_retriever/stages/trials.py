@@ -3,9 +3,13 @@
 With few queries one split of them decides by chance. Then calibration and validation are one set,
 which is parted into folds so that no picture is in two: concepts are scored and every method is
 fitted on all folds but one and answers the queries of that one against the documents of that one,
-for each fold in turn; what is exported is fitted on all of them. The SAE and the gate stay as they
-are. (Scored on calibration alone, concepts are selected by the pairs that they are then judged on:
-that cost 3 to 5 points on four seeds of nine in recipes/small_data.py.)
+for each fold in turn, and all of that again for other folds; what is exported is fitted on all of
+them. The SAE and the gate stay as they are. (Scored on calibration alone, concepts are selected by
+the pairs that they are then judged on: that cost 3 to 5 points on four seeds of nine in
+recipes/small_data.py.)
+
+A fold has few documents: R@5 and R@10 among 14 of them say nothing. There methods are judged by
+the recall at all cutoffs, `log_recall`.
 """
 
 from __future__ import annotations
@@ -20,15 +24,19 @@ import torch
 from patch_retriever.concepts.scores import CodesOf
 from patch_retriever.data import Data
 from patch_retriever.features import Features
+from patch_retriever.lazy import Lazy
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.calibration import Calibration
 from patch_retriever.patch.fit import GradedTask
 from patch_retriever.patch.methods import Method
 from patch_retriever.retrieval.collection import Collection
+from patch_retriever.retrieval.metrics import Measure, hits, log_recall
 from patch_retriever.stages.scoring import scored
 
 SMALL = 1000
 """Queries on validation below which choices are made by cross-validation."""
+REPEATS = 3
+"""How often the items are parted into folds: a query meets other documents each time."""
 SHARED = -1
 """The fold of items that belong to every fold: texts of pictures in several."""
 
@@ -36,11 +44,30 @@ SHARED = -1
 @dataclass(frozen=True)
 class Trial:
     """Methods fitted on some items, and tasks over others by which they are judged; `features`
-    are those of the latter, by the patch that they are for."""
+    are those of the latter, by the patch that they are for, and `numbers_m` what they are called in
+    other trials of the same queries (empty: there are none)."""
 
     methods: tuple[Method, ...]
     features: Callable[[Patch], Features]
     collection: Collection
+    numbers_m: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The trials by which methods are judged, made when it is their turn, and what queries score in
+    them."""
+
+    trials: Sequence[Trial]
+    folds: int = 1
+    repeats: int = 1
+    measure: Measure = hits
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """As entries of `choice` in `selection.json`."""
+        measured = "score" if self.measure is hits else "log recall"
+        return {"folds": self.folds, "repeats": self.repeats, "measure": measured}
 
 
 def fitted_splits(data: Data, n_folds: int) -> tuple[str, ...]:
@@ -59,8 +86,9 @@ def trials(
     methods: Callable[[Calibration], Iterator[Method]],
     n_folds: int,
     codes: CodesOf = "tokens",
-) -> list[Trial]:
-    """One trial on validation of what was fitted on calibration, or one for every fold.
+) -> HeldOut:
+    """One trial on validation of what was fitted on calibration, or one for every fold, `REPEATS`
+    times.
 
     `found` are the methods fitted on `calibration`, which is of `fitted_splits`; `features`
     gives those of some splits for a patch.
@@ -69,25 +97,28 @@ def trials(
     if len(splits) == 1:
         validation = ("validation",)
         held_out = data.splits["validation"]
-        return [Trial(found, lambda patch: features(validation, patch), held_out)]
+        return HeldOut([Trial(found, lambda patch: features(validation, patch), held_out)])
     collection = Collection.joined([data.splits[split] for split in splits])
-    fold_n = folds(collection, n_folds, calibration.seed)
+    fold_rn = [folds(collection, n_folds, calibration.seed, part) for part in range(REPEATS)]
 
-    def trial(fold: int) -> Trial:
+    def trial(number: int) -> Trial:
+        part, fold = divmod(number, n_folds)
+        fold_n = fold_rn[part]
         fit_m, held_m = (
             torch.from_numpy(np.flatnonzero(rows_n | (fold_n == SHARED)))
             for rows_n in (fold_n != fold, fold_n == fold)
         )
         fitted = part_of(calibration, collection, fit_m, codes)
         asking = set(np.flatnonzero(fold_n == fold).tolist())
+        numbers_m = tuple(held_m.tolist())
         return Trial(
             tuple(methods(fitted)),
             lambda patch: features(splits, patch).rows(held_m),
-            collection.subset(held_m.tolist(), asking),
+            collection.subset(numbers_m, asking),
+            numbers_m,
         )
 
-    made = [trial(fold) for fold in range(n_folds)]
-    return [one for one in made if one.collection.tasks]
+    return HeldOut(Lazy(range(REPEATS * n_folds), trial), n_folds, REPEATS, log_recall)
 
 
 def part_of(
@@ -111,8 +142,9 @@ def items_and_pairs(collection: Collection) -> dict[str, Any]:
     }
 
 
-def folds(collection: Collection, k: int, seed: int) -> np.ndarray:
-    """The fold of every item, (n,), folds of nearly equal size; no picture is in two.
+def folds(collection: Collection, k: int, seed: int, part: int = 0) -> np.ndarray:
+    """The fold of every item, (n,), folds of nearly equal size; no picture is in two. Another
+    `part` of the same seed parts them anew.
 
     Items stay together that share a picture or a text, or of which one answers the other. Where
     that links nearly all (texts that belong to many pictures), only pictures keep together, and a
@@ -127,8 +159,8 @@ def folds(collection: Collection, k: int, seed: int) -> np.ndarray:
     pictures = list(_alike(collection, texts=False))
     group_n = _groups(len(collection.items), [*links, *pictures, *_alike(collection, texts=True)])
     if np.bincount(group_n).max() <= 2 * len(group_n) / k:
-        return _dealt(group_n, k, seed)
-    fold_n = _dealt(_groups(len(collection.items), pictures), k, seed)
+        return _dealt(group_n, k, [seed, part])
+    fold_n = _dealt(_groups(len(collection.items), pictures), k, [seed, part])
     seen: list[set[int]] = [set() for _ in collection.items]
     alone = [item.picture is None for item in collection.items]
     for pair in links:
@@ -161,7 +193,7 @@ def _groups(n: int, links: Iterable[tuple[int, int]]) -> np.ndarray:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _dealt(group_n: np.ndarray, k: int, seed: int) -> np.ndarray:
+def _dealt(group_n: np.ndarray, k: int, seed: list[int]) -> np.ndarray:
     """Groups in random order, each to the fold with fewest items."""
     sizes_g = np.bincount(group_n)
     fold_g = np.empty(len(sizes_g), dtype=np.int64)
