@@ -231,7 +231,7 @@ def test_the_built_in_world_parts_into_folds_by_picture():
 def test_with_an_adapter_validation_alone_decides():
     """It was trained on calibration, which is no test of it."""
     config = BuildConfig.read(None)
-    assert config.folds_of_choice == config.folds == 5
+    assert config.folds_of_choice == config.folds == 3
     assert BuildConfig.read(None, adapter={"method": "lora"}).folds_of_choice == 1
     assert BuildConfig.read(None, adapter_from="there").folds_of_choice == 1
     assert BuildConfig.read(None, patch_at="layers.1").folds_of_choice == 1
