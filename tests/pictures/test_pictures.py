@@ -216,3 +216,63 @@ def test_bytes_are_a_picture_under_the_name_they_are_given(tmp_path):
     assert "data" not in repr(picture)
     with pytest.raises(UserError, match=r"^a photo: not a readable image"):
         PictureBytes("a photo", b"no picture").open()
+
+
+@pytest.mark.parametrize(
+    ("values", "shade"),
+    [
+        (np.full((4, 4), 30_000, np.int32), 30_000 / 257),  # 16 bits in 32
+        (np.full((4, 4), 200, np.int32), 200),
+        (np.full((4, 4), 0.5, np.float32), 127.5),
+        (np.full((4, 4), 99.0, np.float32), 99),
+        (np.full((4, 4), 40_000.0, np.float32), 40_000 / 257),
+        (np.full((4, 4), 40_000, ">u2"), 40_000 / 257),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", "")),
+)
+def test_values_of_other_depths_are_scaled_and_never_all_black_or_white(tmp_path, values, shade):
+    path = tmp_path / "a.tif"
+    if values.dtype == np.dtype(">u2"):
+        picture = Image.frombytes("I;16B", (4, 4), values.tobytes())
+    else:
+        picture = Image.fromarray(values)
+    picture.save(path)
+    np.testing.assert_allclose(opened(path), shade, atol=1.5)
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e9, float("nan"), float("inf")])
+def test_values_that_fit_no_range_are_named(tmp_path, value):
+    Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "a.tif")
+    says(tmp_path / "a.tif", "not a readable image", "8 or 16 bits")
+
+
+def test_no_format_is_read_that_starts_a_program(tmp_path, monkeypatch):
+    """An EPS under a picture's name: Pillow would run the first `gs` in PATH."""
+    ran, programs = tmp_path / "ran", tmp_path / "bin"
+    programs.mkdir()
+    for name in ("gs", "gswin64c"):
+        (programs / name).write_text(f"#!/bin/sh\ntouch {ran}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    noise().save(tmp_path / "a.eps")
+    path = (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    says(path, "no known format")
+    assert PictureFile(path).size() is None
+    assert not ran.exists()
+
+
+def test_pixels_are_sound_where_an_exif_value_is_not(tmp_path):
+    """A rotated JPEG whose software entry (text) holds a number of a wrong type."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "some software"
+    noise((40, 20)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    data = (tmp_path / "a.jpg").read_bytes()
+    at = data.index((0x0131).to_bytes(2, "little" if b"II*" in data[:40] else "big"))
+    (tmp_path / "a.jpg").write_bytes(data[: at + 2] + b"\x0c\x00" + data[at + 4 :])
+    assert opened(tmp_path / "a.jpg").shape == (40, 20, 3)
+
+
+def test_a_null_byte_in_a_name_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="not a readable image") as caught:
+        PictureFile(tmp_path / "a\0.jpg").open()
+    assert "\n" not in str(caught.value)
