@@ -6,6 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ from safetensors.torch import load_file
 
 from patch_retriever.errors import UserError
 from patch_retriever.files import (
+    LOCK,
     file_hash,
+    lock,
     value_hash,
     write,
     write_json,
@@ -48,7 +53,7 @@ def test_while_it_is_written_the_old_file_is_there(tmp_path):
     def writer(temporary: Path) -> None:
         temporary.write_text("new")
         assert path.read_text() == "old"
-        assert temporary.parent == path.parent
+        assert temporary.parent.parent == path.parent
 
     write(path, writer)
     assert content(tmp_path) == {"a.txt": b"new"}
@@ -125,17 +130,69 @@ def test_a_folder_in_the_place_of_the_file_is_told(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_what_a_killed_writer_left_does_not_matter(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:  # killed: nothing is cleaned up
-        patched.setattr(Path, "unlink", lambda *_args, **_options: None)
-        patched.setattr(Path, "replace", no_space)
-        with pytest.raises(UserError):
-            write_text(tmp_path / "a.txt", "half")
-    left = set(content(tmp_path))
-    assert left
-    assert "a.txt" not in left
-    write_text(tmp_path / "a.txt", "new")
-    assert content(tmp_path) == {"a.txt": b"new"}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from patch_retriever.files import write
+def half(path):
+    path.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+write(Path(sys.argv[1]), half)
+"""
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    path = tmp_path / "a.txt"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "a.txt").read_text() == "half"
+    write_text(tmp_path / "other.txt", "another file")
+    assert left.is_dir()
+    write_text(path, "new")
+    assert content(tmp_path) == {"a.txt": b"new", "other.txt": b"another file"}
+
+
+def test_writers_at_the_same_time_share_nothing_and_the_last_one_is_there(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def slow(temporary: Path) -> None:
+        temporary.write_text("first")
+        write_text(path, "second")  # as another process would
+        assert path.read_text() == "second"
+        assert temporary.read_text() == "first"
+
+    write(path, slow)
+    assert content(tmp_path) == {"a.txt": b"first"}
+
+
+def test_no_link_that_was_laid_there_is_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (".a.txt.partial", "a.txt"):
+        (folder / name).symlink_to(victim)
+    write_text(folder / "a.txt", "new")
+    assert victim.read_text() == "precious"
+    assert (folder / "a.txt").read_text() == "new"
+    assert not (folder / "a.txt").is_symlink()
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / LOCK).symlink_to(victim)
+    with pytest.raises(UserError, match=f"{LOCK}: a link"):
+        lock(tmp_path, "busy")
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "[a]*?.txt", "ü" * 100])
+def test_any_name_that_a_folder_takes_is_written(tmp_path, name):
+    write_text(tmp_path / name, "new")
+    write_text(tmp_path / name, "again")
+    assert content(tmp_path) == {name: b"again"}
 
 
 def test_an_empty_text_is_written(tmp_path):

@@ -211,13 +211,13 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from patch_retriever import files
 from test_collect_resumes import *
 collect.StoreWriter = partial(writer.StoreWriter, tokens_per_shard=300)
 real = writer.write_tensors
 def write(path, tensors):
     if path.name == "shard-00002.safetensors":
-        path.with_name(f".{path.name}.partial").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        files.write(path, lambda p: (p.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL)))
     real(path, tensors)
 writer.write_tensors = write
 collect_sampled(load_backbone(sys.argv[1]), Path(sys.argv[2]))
@@ -239,6 +239,7 @@ def test_killed_it_goes_on_in_another_process_and_ends_with_the_same_bytes(
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "killed" / PARTIAL).is_file()
+    assert list((tmp_path / "killed").glob(".shard-00002*/shard-00002.safetensors"))
     expected = collect_sampled(transformer, tmp_path / "whole")
     assert collect_sampled(transformer, tmp_path / "killed") == expected
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,19 +19,31 @@ from patch_retriever.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PARTIAL = ".partial"
+_HOST = re.sub("[^A-Za-z0-9]", "", platform.node())[:20] or "host"
+_LONGEST_NAME = 50
+"""Letters of a file's name in that of its temporary folder."""
 LOCK = "lock"
 """The file by which a process has a folder for itself."""
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Let `writer` write a temporary file beside `path`, flush it to disk, then rename it.
+    """Let `writer` write a file elsewhere, flush it to disk, then move it to `path`.
+
+    Elsewhere is a folder beside `path` that this call makes under a random name: no other writer
+    shares it, and no link that lies there is followed. What killed processes left of `path` is
+    deleted.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    name = path.name[:_LONGEST_NAME]
+    folder: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_partial(path.parent, name)
+        folder = tempfile.mkdtemp(_PARTIAL, f".{name}.{_HOST}-{os.getpid()}-", path.parent)
+        temporary = Path(folder) / path.name
         writer(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -39,8 +54,27 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
             "another folder and run the same command again, it goes on where it stood"
         ) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_partial(folder: Path, name: str = "*") -> None:
+    """Delete what writers of this machine that are no more left of a file, or of all."""
+    pattern = "*" if name == "*" else glob.escape(name)
+    for path in folder.glob(f".{pattern}.{glob.escape(_HOST)}-*{_PARTIAL}"):
+        process = path.name.removesuffix(_PARTIAL).split("-")[-2]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,9 +123,12 @@ def lock(folder: Path, busy: str) -> IO[str]:
     """
     import fcntl
 
+    path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = (folder / LOCK).open("w")
+        if path.is_symlink():
+            raise UserError(f"{path}: a link; delete it")
+        held = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
@@ -100,6 +137,19 @@ def lock(folder: Path, busy: str) -> IO[str]:
         held.close()
         raise UserError(busy) from None
     return held
+
+
+def inside(folder: Path, name: str, said_by: Path) -> Path:
+    """The path of a file that a list in `said_by` calls by its `name` in a folder.
+
+    Raises:
+        UserError: it would lie elsewhere.
+    """
+    path = folder / name
+    leaves = ".." in path.relative_to(folder).parts if path.is_relative_to(folder) else True
+    if leaves or not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{said_by}: lists {name!r}, which is not in {folder}")
+    return path
 
 
 def allow_reading(path: Path) -> None:

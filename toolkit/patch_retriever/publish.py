@@ -15,8 +15,9 @@ from patch_retriever.concepts.query import ABOUT, TABLE
 from patch_retriever.concepts.table import add_selection
 from patch_retriever.config import BuildConfig
 from patch_retriever.data import Data
+from patch_retriever.errors import UserError
 from patch_retriever.export import export_patch
-from patch_retriever.files import link_or_copy, write, write_json, write_text
+from patch_retriever.files import inside, link_or_copy, write, write_json, write_text
 from patch_retriever.patch.artefact import Patch
 from patch_retriever.patch.deep import CODE
 from patch_retriever.report.card import loading, model_card, operators, verdict
@@ -88,11 +89,14 @@ def publish(
 def _remove_what_was_published(out: Path, keep: set[str]) -> None:
     """Delete what an earlier build with other settings left here, and remember what is ours."""
     record = out / "run" / "published.json"
-    before = json.loads(record.read_text()) if record.is_file() else []
-    for name in set(before) - keep:
-        (out / name).unlink(missing_ok=True)
-        if (out / name).parent != out and not any((out / name).parent.iterdir()):
-            (out / name).parent.rmdir()
+    try:
+        before = set(map(str, json.loads(record.read_text()))) if record.is_file() else set()
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{record}: damaged ({error}); delete it and build again") from None
+    for path in [inside(out, name, record) for name in before - keep]:
+        path.unlink(missing_ok=True)
+        if path.parent != out and path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
     write_json(record, sorted(keep))
 
 

@@ -297,8 +297,26 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and no index; name another folder"):
         make(tmp_path)
+    (tmp_path / "lock").touch()
+    (tmp_path / "embeddings").mkdir()
+    for name in ("items-mine.parquet", "items-00000.parquet"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="not empty and no index; name another folder"):
+        make(tmp_path)
+    assert (tmp_path / "items-00000.parquet").read_text() == "mine"
     with pytest.raises(UserError, match=r"notes\.txt: a file; name a folder"):
         make(tmp_path / "notes.txt")
+
+
+def test_files_of_others_stay_where_an_index_is_made_and_grows(tmp_path):
+    folder = tmp_path / "ix"
+    make(folder)
+    mine = ("items-mine.parquet", "index-old.faiss", "trained-by-hand.faiss")
+    for name in mine:
+        (folder / name).write_text("mine")
+    add_corpus(corpus(1000, 1001), ToyEncoder(), folder)
+    assert all((folder / name).read_text() == "mine" for name in mine)
+    assert found(folder)[0] == brute_force(corpus(*range(100), 1000, 1001))[0]
 
 
 def test_the_same_again_is_done_already_and_other_items_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from patch_retriever.activations.batches import TokenBatch
 from patch_retriever.backbones.readout import Readout
-from patch_retriever.files import write_json, write_tensors
+from patch_retriever.files import inside, write_json, write_tensors
 from patch_retriever.items import Item
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class KeptTokens:
         placed = [(*self._place[self._numbers[id(items[i])]], i) for i in known]
         for shard, group in groupby(placed, key=lambda place: place[0]):
             lengths = self._shards[shard]["lengths"]
-            with safe_open(self._folder / self._shards[shard]["file"], "pt") as file:
+            name = str(self._shards[shard]["file"])
+            with safe_open(inside(self._folder, name, self._folder / _INDEX), "pt") as file:
                 tokens = file.get_tensor("tokens_td").split(lengths)
                 roles = file.get_tensor("roles_t").split(lengths)
             rows = [(row, i) for _, row, i in group]

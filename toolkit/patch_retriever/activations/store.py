@@ -12,7 +12,7 @@ from patch_retriever.activations.sinks import SinkReport
 from patch_retriever.activations.stream import Block, in_blocks, is_held_out, some_of
 from patch_retriever.activations.writer import FORMAT, INDEX, pooled_sums
 from patch_retriever.errors import UserError
-from patch_retriever.files import file_hash
+from patch_retriever.files import file_hash, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ class Store:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self.folder / written["file"]
+        path = inside(self.folder, str(written["file"]), self.folder / INDEX)
         try:
             if path not in self._checked and file_hash(path) != written["sha256"]:
                 raise ValueError("its bytes changed")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from patch_retriever.activations.sinks import SinkReport
-from patch_retriever.files import file_hash, write_json, write_tensors
+from patch_retriever.files import clear_partial, file_hash, write_json, write_tensors
 from patch_retriever.runs import PARTIAL, damaged
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class StoreWriter:
 
     def _go_on(self) -> None:
         """Take over what an earlier writer of the same identity finished; else clear it away."""
-        for path in self.folder.glob(".*.partial"):  # of a writer that was killed while it wrote
-            path.unlink()
+        clear_partial(self.folder)  # of a writer that was killed while it wrote
         try:
             partial = json.loads((self.folder / PARTIAL).read_text())
             done, mark = partial["done"], Mark(**partial["mark"])

@@ -25,10 +25,12 @@ from patch_retriever.retrieval.embeddings import (
     embed_items,
     open_store,
 )
+from patch_retriever.retrieval.embeddings import MANIFEST as STORED
 from patch_retriever.retrieval.encoder import Encoder, Role
 from patch_retriever.retrieval.index.factory import check_factory, factory_string
 from patch_retriever.retrieval.index.items import Entry, Items
 from patch_retriever.retrieval.index.manifest import (
+    DRAFT,
     EMBEDDINGS,
     MANIFEST,
     MadeBy,
@@ -197,8 +199,9 @@ def _check_free(folder: Path, made_by: MadeBy) -> None:
     """Refuse a folder that holds anything but an index by the same model, before encoding."""
     if folder.is_file():
         raise UserError(f"{folder}: a file; name a folder to write to")
-    ours = (MANIFEST, EMBEDDINGS, LOCK)
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in ours):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = names & {MANIFEST, DRAFT} or (folder / EMBEDDINGS / STORED).is_file()
+    if not ours and not names <= {LOCK, EMBEDDINGS}:
         raise UserError(f"{folder}: not empty and no index; name another folder")
     if (folder / MANIFEST).is_file():
         there = Manifest.read(folder / MANIFEST).made_by

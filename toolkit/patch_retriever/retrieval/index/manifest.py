@@ -10,6 +10,7 @@ embeddings/            pooled vectors by content (`retrieval.embeddings`), unles
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch_retriever.errors import UserError
-from patch_retriever.files import file_hash, lock, value_hash, write_json
+from patch_retriever.files import file_hash, inside, lock, value_hash, write_json
 from patch_retriever.retrieval.load import BASE
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ DRAFT = "building.json"
 """The manifest so far, while an index is built or added to."""
 EMBEDDINGS = "embeddings"
 _CHECKED = "checked.json"
+_SHARD = re.compile(r"index-\d{5,}\.faiss|items-\d{5,}\.parquet|trained\.faiss")
 _KIND, _VERSION = "patch-retriever index", 1
 
 
@@ -216,7 +218,7 @@ def check_parts(folder: Path, parts: tuple[Part, ...]) -> None:
         before = {}
     now = {}
     for part in parts:
-        path = folder / part.file
+        path = inside(folder, part.file, folder / MANIFEST)
         try:
             stat = path.stat()
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, part.sha256]
@@ -254,9 +256,8 @@ def changing(folder: Path, new: bool = False) -> Iterator[None]:
 
 
 def clear(folder: Path, keep: tuple[Part, ...]) -> None:
-    """Delete shards that no manifest lists any more."""
+    """Delete shards that no manifest lists any more, of names that only shards have."""
     kept = {part.file for part in keep}
-    for pattern in ("index-*.faiss", "items-*.parquet", "trained*.faiss"):
-        for path in folder.glob(pattern):
-            if path.name not in kept:
-                path.unlink()
+    for path in folder.iterdir():
+        if _SHARD.fullmatch(path.name) and path.name not in kept:
+            path.unlink()

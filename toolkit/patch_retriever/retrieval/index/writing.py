@@ -171,5 +171,6 @@ def write_index(index: faiss.Index, path: Path) -> Part:
 
 def next_name(folder: Path) -> str:
     """A number that no shard here has had."""
-    taken = [int(p.stem.removeprefix("index-")) for p in folder.glob("index-*.faiss")]
+    found = (path.stem.removeprefix("index-") for path in folder.glob("index-*.faiss"))
+    taken = [int(number) for number in found if number.isdecimal()]
     return f"{max(taken, default=-1) + 1:05d}"
