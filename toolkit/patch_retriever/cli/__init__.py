@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -26,13 +30,44 @@ from patch_retriever.cli.train_sae import train_sae
 from patch_retriever.errors import UserError
 
 
+class _Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): it ends as if it had been interrupted."""
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM unwinds as an interrupt does, so that locks and temporary files go."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _OneLineErrors(click.Group):
-    """What a user can mend is one line on stderr and exit code 2."""
+    """What a user can mend is one line on stderr and exit code 2; a stop by a signal is a line and
+    exit code 128 plus the signal's number."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with _ending_in_order():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+            click.echo(
+                f"Stopped by {number.name}: what is finished stays and nothing is half-written; "
+                "give the same command again",
+                err=True,
+            )
+            return ctx.exit(128 + number)
         except UserError as error:
             message = str(error)
         except click.UsageError as error:
