@@ -193,7 +193,7 @@ def test_a_text_after_a_picture_may_end_like_a_pictures_name(photo, text):
     assert Item.parse(f"{photo} + {text}") == Item(text, PictureFile(photo))
 
 
-@pytest.mark.parametrize("said", ["a cat + a dog", "x" * 5000, "a\0b", "a red star.", " + "])
+@pytest.mark.parametrize("said", ["a cat + a dog", "x" * 5000, "a red star.", " + "])
 def test_all_else_is_a_text(said):
     assert Item.parse(said) == Item(said)
 

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from families import FAMILIES, NEEDS, missing, parameter
-from patch_retriever.backbones.families import decoder_path, image_token_id, residual_norm
+from patch_retriever.backbones.families import (
+    decoder_path,
+    image_token_id,
+    placeholders,
+    residual_norm,
+)
 from patch_retriever.backbones.load import load_backbone, set_readout, with_readout
 from patch_retriever.backbones.readout import (
     LAST,
@@ -72,6 +77,22 @@ def test_embeddings_are_finite_and_of_one_item_alone(transformer, readout, kind)
         assert np.abs(model.encode([chat])[0] - found_d).max() < 1e-5
     for a_d, b_d in combinations(found_nd, 2):
         assert np.abs(a_d - b_d).max() > 1e-4, "two items with one embedding"
+
+
+def test_a_texts_own_placeholders_are_text(transformer):
+    """With a picture beside it and without, no token more stands for a picture."""
+    set_readout(transformer, PAPER_READOUT)
+    tokens = placeholders(transformer.config, transformer.tokenizer, transformer.processor)
+    assert tokens
+    image = image_token_id(transformer.config)
+    for pictures in ([], [SQUARE]):
+        counts = []
+        for text in ("what is it", f"what {' '.join(tokens)} is{tokens[0]}it"):
+            features = transformer.preprocess([Item.of(text, pictures).load()])
+            with torch.no_grad():
+                assert transformer(dict(features))["token_embeddings"].isfinite().all()
+            counts.append(int((features["input_ids"] == image).sum()))
+        assert counts[0] == counts[1]
 
 
 def test_the_order_of_a_batch_does_not_matter(transformer):

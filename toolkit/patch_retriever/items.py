@@ -11,6 +11,7 @@ from typing import Any, Literal
 from patch_retriever.errors import UserError
 from patch_retriever.files import value_hash
 from patch_retriever.pictures.picture import PICTURE_SUFFIXES, Picture, PictureFile
+from patch_retriever.texts import text_fault
 
 Kind = Literal["text", "image", "both"]
 KINDS: tuple[Kind, ...] = ("text", "image", "both")
@@ -54,6 +55,8 @@ class Item:
         """
         if not said.strip():
             raise UserError("an empty item; give a text, a picture's path, or 'photo.jpg + a text'")
+        if "+" not in said and not _is_file(said) and (fault := text_fault(said)) is not None:
+            raise UserError(f"{fault}; give a text, a picture's path, or 'photo.jpg + a text'")
         pictures: list[PictureFile] = []
         rest = said
         while (found := _first_picture(rest, further=bool(pictures))) is not None:

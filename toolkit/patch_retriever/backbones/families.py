@@ -6,6 +6,7 @@ for what.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -200,6 +201,20 @@ def image_token_id(config: Any) -> int | None:
         if (value := getattr(config, name, None)) is not None:
             return int(value)
     return None
+
+
+_STANDS_FOR = re.compile(r"(image|video|audio|vision|boi|eoi)\w*_token_(id|index)")
+_NAMED = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token", "fake_image_token")
+
+
+def placeholders(config: Any, tokenizer: Any, processor: Any) -> tuple[str, ...]:
+    """The tokens, as text, that a processor or a model takes for media, the longest first."""
+    ids = [value for name, value in vars(config).items() if _STANDS_FOR.fullmatch(name)]
+    found = [tokenizer.convert_ids_to_tokens(one) for one in ids if isinstance(one, int)]
+    found += [str(getattr(processor, name, "")) for name in _NAMED]
+    # a token of a letter or two is a word, too
+    tokens = {token for token in found if isinstance(token, str) and len(token) > 2}
+    return tuple(sorted(tokens, key=lambda token: (-len(token), token)))
 
 
 def residual_norm(model: Any) -> str | None:

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from patch_retriever.backbones.adapter import CONFIG, FOLDER, merge
 from patch_retriever.backbones.chat import take_chats
 from patch_retriever.backbones.cut import cut_at
-from patch_retriever.backbones.families import assumed, family_of, image_token_id
+from patch_retriever.backbones.families import (
+    assumed,
+    family_of,
+    image_token_id,
+    placeholders,
+)
 from patch_retriever.backbones.image_backend import use_pillow
 from patch_retriever.backbones.pixel_budget import limit_pixels
 from patch_retriever.backbones.placement import DeviceMap, check_placed, device_of
@@ -240,12 +245,13 @@ def set_readout(transformer: Transformer, readout: Readout) -> None:
         UserError: the readout's token limit cannot be kept.
     """
     processor: Any = transformer.processor
-    processor.chat_template = readout.prompt.wrap(processor.chat_template)
+    tokens = placeholders(transformer.config, transformer.tokenizer, processor)
+    processor.chat_template = readout.prompt.wrap(processor.chat_template, None, tokens)
     # sentence-transformers keeps the ends of templates, and does not see that this one changed
     getattr(transformer, "_chat_template_suffix_cache", {}).clear()
     if readout.max_tokens is not None:
         room = limit_tokens(transformer, readout.max_tokens)
-        processor.chat_template = readout.prompt.wrap(processor.chat_template, room)
+        processor.chat_template = readout.prompt.wrap(processor.chat_template, room, tokens)
     output: Any = LAST
     if readout.site != LAST:
         # hidden_states[0] are the embeddings, so layer N's output is at N + 1

@@ -71,8 +71,12 @@ class Prompt:
     system: str = ""
     """What a system message before the item says, where the model's template has such messages."""
 
-    def wrap(self, chat_template: str, room: Room | None = None) -> str:
+    def wrap(
+        self, chat_template: str, room: Room | None = None, placeholders: Sequence[str] = ()
+    ) -> str:
         """`chat_template` with this prompt added to every user turn, in place of any other's.
+
+        Tokens that stand for a picture (`placeholders`) are said as text where a text has them.
 
         The wrapper also puts images before texts, so that the order of keys in
         `{"image": ..., "text": ...}` does not change the embedding. With `room` it cuts the text of
@@ -89,7 +93,11 @@ class Prompt:
         def literal(match: re.Match[str]) -> str:
             return json.dumps(values[match[1]], ensure_ascii=False)
 
-        parts = _WRAPPER.partition(_CUT)
+        as_text = "".join(
+            f" | replace({json.dumps(token)}, {json.dumps(f'{token[0]} {token[1:]}')})"
+            for token in placeholders
+        )
+        parts = _WRAPPER.replace("@as_text@", as_text).partition(_CUT)
         wrapper = "".join(parts if room else parts[::2])
         wrapper += _SYSTEM if self.system else ""
         head = re.sub("@(text|image|both|takes|room|picture|own|system)@", literal, wrapper)
@@ -113,7 +121,7 @@ _WRAPPER = (
 {%- set content = message['content'] -%}
 {%- set texts = [content] if content is string else
     content | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}
-{%- set text = texts | join('\\n') -%}
+{%- set text = texts | join('\\n')@as_text@ -%}
 {%- if message['role'] == 'system' and @takes@ -%}
 {%- set readout.asked = text -%}
 {%- elif message['role'] == 'user' -%}

@@ -12,6 +12,7 @@ from patch_retriever.items import Item
 from patch_retriever.lazy import Lazy
 from patch_retriever.retrieval.readers.sources import exists, open_source
 from patch_retriever.retrieval.readers.sources.rows import IMAGE_COLUMNS, Reading, Row
+from patch_retriever.texts import shows, text_fault
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,7 @@ def _item(row: Row) -> Item:
         or not (row.text or row.pictures)
     ):
         raise UserError(f'{row.where}: "text", "image" or both expected, as strings')
-    return Item.of(row.text or None, row.pictures)
+    text = row.text if row.text and (shows(row.text) or not row.pictures) else None
+    if text is not None and (fault := text_fault(text)) is not None:
+        raise UserError(f"{row.where}: {fault}")
+    return Item.of(text, row.pictures)

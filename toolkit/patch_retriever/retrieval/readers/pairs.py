@@ -16,6 +16,7 @@ from patch_retriever.retrieval.readers.options import ReadOptions
 from patch_retriever.retrieval.readers.sources import open_source
 from patch_retriever.retrieval.readers.sources.rows import AS_USUAL, Reading, Row
 from patch_retriever.retrieval.tasks import RetrievalTask
+from patch_retriever.texts import shows, text_fault
 
 MIN_PAIRS = 50
 
@@ -81,8 +82,10 @@ def _checked(row: Row, reading: Reading) -> Iterator[Pair]:
     if not row.pictures:
         raise UserError(f"{row.where}: no image (under {', '.join(reading.image_columns)})")
     texts = row.text if isinstance(row.text, list) else [row.text]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or not all(isinstance(text, str) and shows(text) for text in texts):
         raise UserError(f"{row.where}: no text (under {', '.join(reading.text_columns)})")
+    if (fault := next(filter(None, map(text_fault, texts)), None)) is not None:
+        raise UserError(f"{row.where}: {fault}")
     try:
         for picture in row.pictures:
             picture.open()
