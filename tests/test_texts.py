@@ -14,7 +14,19 @@ from patch_retriever.texts import shows, text_fault
 
 UNSEEN = (" ", "\t\n", "\u200b", "\u200d\ufeff \u2060", "\u3000", "\u202e")
 BROKEN = ("half \ud83d", "\udc00 half", "a\0b")
-SOUND = ("a", "é", "日本", "👩\u200d👧", "שלום", "-", "a\u200bb", "\x1b[31mred", "x" * 10_000)
+SOUND = (
+    "a",
+    "é",
+    "日本",
+    "👩\u200d👧",
+    "שלום",
+    "-",
+    "a\u200bb",
+    "\x1b[31mred",
+    "\U00018cd6",
+    "\ue000",
+    "x" * 10_000,
+)
 
 
 @pytest.mark.parametrize("text", UNSEEN + BROKEN)

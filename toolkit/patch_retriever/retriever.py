@@ -15,6 +15,7 @@ from patch_retriever.backbones.readout import PoolingMode, Readout, layer_number
 from patch_retriever.errors import UserError
 from patch_retriever.explain import Explanation, check_sae, explain_pair, pool_item
 from patch_retriever.patch.artefact import DOCUMENT, QUERY, Patch
+from patch_retriever.patch.deep import needs_code
 from patch_retriever.patch.export import token_modules
 from patch_retriever.patch.operators import Subtract, apply_composed, compose
 from patch_retriever.probe import Edit, Probe
@@ -65,7 +66,7 @@ class PatchedRetriever(SentenceTransformer):
         self.patch = patch
         # not child modules: an nn.Sequential would run them
         self.__dict__["_probe"] = Probe(cast("Transformer", self[0]))
-        self.__dict__["_live"] = _Live(patch)
+        self.__dict__["_live"] = self._live_patch()
         self.__dict__["_sae"] = sae
         if isinstance(sae, SparseAutoencoder):
             self._check(sae, "the SAE")
@@ -113,9 +114,12 @@ class PatchedRetriever(SentenceTransformer):
             return super().forward(input, **kwargs)
         live: _Live = self.__dict__["_live"]
         if live.patch is not self.patch:
-            self.__dict__["_live"] = live = _Live(self.patch)
+            self.__dict__["_live"] = live = self._live_patch()
         out = live.run(self.__dict__["_probe"], self[1], input, task, frozenset(keep_concepts))
         return self[2](out)
+
+    def _live_patch(self) -> _Live:
+        return _Live(self.patch, needs_code(self.patch, cast("Transformer", self[0])))
 
     @property
     def sae(self) -> SparseAutoencoder:
@@ -179,8 +183,9 @@ class _Live:
     It computes in float32, whatever the backbone's dtype; a layer gets its own dtype back.
     """
 
-    def __init__(self, patch: Patch) -> None:
-        self.patch = patch
+    def __init__(self, patch: Patch, with_code: bool) -> None:
+        """`with_code` says that an export of the patch runs code of its own, not stock modules."""
+        self.patch, self._with_code = patch, with_code
         self._subtractions = dict(patch.subtractions)
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
         self._gate = patch.gate if patch.gated else None
@@ -224,7 +229,7 @@ class _Live:
         if site not in self._subtractions:
             return h_ntd
         placed = self._subtractions[site] = self._subtractions[site].to(h_ntd.device)
-        if site != self.patch.site or self.patch.layers or placed.input_scale == "token":
+        if self._with_code or site != self.patch.site:
             return placed.keeping(keep)(h_ntd.float())
         features: dict[str, Any] = {"token_embeddings": h_ntd.float()}
         for module in self._stock_modules(placed, keep):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Unicode's categories of what leaves no mark; what has none yet may leave one."""
+
 
 def text_fault(text: str) -> str | None:
     """What keeps a text from being embedded, as an error says it; None if nothing does."""
@@ -18,6 +21,4 @@ def text_fault(text: str) -> str | None:
 
 def shows(text: str) -> bool:
     """Whether anything of it is seen: not only spaces, controls and characters of no width."""
-    return any(unicodedata.category(letter)[0] not in "ZC" for letter in text) or any(
-        "\ud800" <= letter <= "\udfff" for letter in text
-    )
+    return any(unicodedata.category(letter) not in _UNSEEN for letter in text)
