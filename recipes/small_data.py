@@ -183,7 +183,7 @@ def mean(values: Sequence[float]) -> str:
 @click.option("--pool", default=500, show_default=True, help="Pairs that are encoded.")
 @click.option("--pairs", default=100, show_default=True, help="Pairs of a build.")
 @click.option("--seeds", default=10, show_default=True)
-@click.option("--folds", default=3, show_default=True)
+@click.option("--folds", default=5, show_default=True)
 def main(build: Path, work: Path, out: Path, pool: int, pairs: int, seeds: int, folds: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     made = Pool(build, work, pool)

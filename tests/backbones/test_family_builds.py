@@ -64,7 +64,7 @@ def test_build(name, stand_in, photo_folder, tmp_path, fresh):
         model=str(stand_in(name)),
         pairs=str(photo_folder),
         sae=SMALL_SAE,
-        folds=3 if name == "llava" else 1,  # one is cross-validated, as all are for users
+        folds=5 if name == "llava" else 1,  # one is cross-validated, as all are for users
     )
     golden = json.loads((result.folder / "golden" / "result.json").read_text())
     assert golden["max_abs_diff"] <= 1e-5

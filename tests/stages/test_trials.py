@@ -18,7 +18,7 @@ from patch_retriever.patch.methods import Method
 from patch_retriever.retrieval.collection import Collection
 from patch_retriever.retrieval.pairs import Pair, pairs_collection
 from patch_retriever.sae.codes import Codes
-from patch_retriever.stages.trials import SHARED, fitted_splits, folds, trials
+from patch_retriever.stages.trials import SHARED, fitted_splits, folds, folds_of, trials
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,13 @@ def test_joined_collections_keep_every_pair():
     assert Collection.joined(parts[:1]) is parts[0]
 
 
+def test_few_documents_are_parted_into_fewer_folds():
+    for pairs, most, expected in ((80, 5, 3), (124, 5, 4), (125, 5, 5), (500, 5, 5), (10, 5, 3)):
+        collection = pairs_collection("calibration", [pair(i, i) for i in range(pairs)])
+        assert folds_of(collection, most) == expected
+        assert folds_of(collection, 2) == 2
+
+
 def test_which_builds_are_cross_validated():
     small = Data(
         {"validation": pairs_collection("validation", [pair(i, i) for i in range(499)])}, ""
@@ -176,10 +183,10 @@ def test_every_trial_is_fitted_and_scored_on_the_items_that_it_is_not_judged_on(
 
     found = tuple(spy(whole))
     held_out = trials(whole, found, Data(splits, ""), features, spy, 4)
-    assert (held_out.folds, held_out.repeats) == (4, 3) and len(held_out.trials) == 12
+    assert (held_out.folds, held_out.repeats) == (3, 3) and len(held_out.trials) == 9
     assert len(seen) == 1  # none is made before its turn
     made_trials = list(held_out.trials)
-    assert len(seen) == 13
+    assert len(seen) == 10
     every = {tuple(row.tolist()) for row in whole.features.pooled_nd}
     queries = 0
     for c, trial in zip(seen[1:], made_trials, strict=True):
@@ -196,7 +203,7 @@ def test_every_trial_is_fitted_and_scored_on_the_items_that_it_is_not_judged_on(
             assert int(pairs_n2.max()) < len(c.features.pooled_nd)
             assert bool((c.kinds_n[pairs_n2[:, 0]] != c.kinds_n[pairs_n2[:, 1]]).all())
     assert queries == 3 * 2 * 28
-    asked = [{trial.numbers_m for trial in made_trials[4 * part :][:4]} for part in range(3)]
+    asked = [{trial.numbers_m for trial in made_trials[3 * part :][:3]} for part in range(3)]
     assert asked[0] != asked[1] != asked[2]  # other folds every time
     assert scored_on == [{tuple(row.tolist()) for row in c.features.pooled_nd} for c in seen[1:]]
 
@@ -231,7 +238,7 @@ def test_the_built_in_world_parts_into_folds_by_picture():
 def test_with_an_adapter_validation_alone_decides():
     """It was trained on calibration, which is no test of it."""
     config = BuildConfig.read(None)
-    assert config.folds_of_choice == config.folds == 3
+    assert config.folds_of_choice == config.folds == 5
     assert BuildConfig.read(None, adapter={"method": "lora"}).folds_of_choice == 1
     assert BuildConfig.read(None, adapter_from="there").folds_of_choice == 1
     assert BuildConfig.read(None, patch_at="layers.1").folds_of_choice == 1

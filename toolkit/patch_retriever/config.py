@@ -67,9 +67,10 @@ class BuildConfig(BaseModel):
     attention: str | None = None
     """transformers' implementation: sdpa, eager, flash_attention_2; None for its choice."""
     batch_size: int = Field(default=64, ge=1)
-    folds: int = Field(default=3, ge=1)
+    folds: int = Field(default=5, ge=1)
     """Of the cross-validation by which choices are made where validation has fewer than 1,000
-    queries; 1 for validation alone."""
+    queries, at most (a fold has 25 documents, if that leaves three folds); 1 for validation
+    alone."""
     scenes: ScenesSettings = ScenesSettings()
     sae: SAESettings = SAESettings()
     sae_from: str | None = None

@@ -9,8 +9,9 @@ the pairs that they are then judged on: that cost 3 to 5 points on four seeds of
 recipes/small_data.py.)
 
 A fold has few documents, among which R@5 and R@10 say little: methods are judged by the recall at
-all cutoffs, `log_recall`. With 100 pairs, three folds choose better than five, whose galleries are
-smaller, and three times other folds better than once (docs/methods.md).
+all cutoffs, `log_recall`. More folds leave more to fit on, and fewer documents to be found among:
+with 100 pairs three folds choose better than five, and three times other folds better than once
+(docs/methods.md); with 1,000 items methods that need many pairs show it on five folds alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ SMALL = 1000
 """Queries on validation below which choices are made by cross-validation."""
 REPEATS = 3
 """How often the items are parted into folds: a query meets other documents each time."""
+DOCUMENTS = 25
+"""Of a fold at least, where that leaves `FEWEST` folds."""
+FEWEST = 3
 SHARED = -1
 """The fold of items that belong to every fold: texts of pictures in several."""
 
@@ -100,6 +104,7 @@ def trials(
         held_out = data.splits["validation"]
         return HeldOut([Trial(found, lambda patch: features(validation, patch), held_out)])
     collection = Collection.joined([data.splits[split] for split in splits])
+    n_folds = folds_of(collection, n_folds)
     fold_rn = [folds(collection, n_folds, calibration.seed, part) for part in range(REPEATS)]
 
     def trial(number: int) -> Trial:
@@ -120,6 +125,12 @@ def trials(
         )
 
     return HeldOut(Lazy(range(REPEATS * n_folds), trial), n_folds, REPEATS, log_recall)
+
+
+def folds_of(collection: Collection, most: int) -> int:
+    """How many folds a collection is parted into: `most`, or fewer so that a fold has documents."""
+    documents = min(len(task.documents) for task in collection.tasks)
+    return min(most, max(FEWEST, documents // DOCUMENTS))
 
 
 def part_of(
