@@ -19,7 +19,7 @@ from patch_retriever.retrieval.evaluate import evaluate_embeddings
 from patch_retriever.retrieval.load import load_encoder
 from patch_retriever.scenes.tasks import scenes_collection
 from patch_retriever.stages import features as stage
-from patch_retriever.stages import selection
+from patch_retriever.stages import judging
 
 SITE = "layers.0"
 SETTINGS = {"scenes": SMALL_SCENES, "sae": SMALL_SAE, "folds": 1, "patch_at": SITE}
@@ -30,17 +30,17 @@ REMOVED = "removed by discriminative attribution, centred, at layers.0"
 def built(random_model, tmp_path_factory):
     """The folder of a build in which validation prefers a removal to everything else."""
 
-    def prefer_removal(patches, features, collection):
-        outcome = selection_evaluate(patches, features, collection)
+    def prefer_removal(patches, features, collection, measure):
+        outcome = judging_evaluate(patches, features, collection, measure)
         if all(patch.layers for patch in patches):
             hits = {task: found + 10 for task, found in outcome.hits_by_task.items()}
             outcome = type(outcome)(hits)
         return outcome
 
-    selection_evaluate = selection.evaluate
+    judging_evaluate = judging.evaluate
     out = tmp_path_factory.mktemp("deep-build") / "out"
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(selection, "evaluate", prefer_removal)
+        patching.setattr(judging, "evaluate", prefer_removal)
         build_retriever(out, model=str(random_model), **SETTINGS)
     return out
 

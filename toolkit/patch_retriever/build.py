@@ -202,7 +202,8 @@ def build_retriever(
                 after=(stage,),
                 **({"separate": True} if separate else {}),
             )
-        also = exported_id if is_refit(exported_id) else None
+        shown = exported_id == chosen.choice["id"] or not is_refit(exported_id)
+        also = None if shown else exported_id
         outcomes = run.stage(
             "test",
             lambda folder: evaluate_on_test(fits, whole, data, config, folder, progress, also),
