@@ -164,6 +164,13 @@ def test_card_table_and_report_name_what_was_picked_and_what_would_have_been_cho
     assert BuildConfig.read(out / MARKER).method == about["id"]
 
 
+def test_concepts_is_taken_by_the_command_and_remembered(finished_build, tmp_path):
+    done = invoke("export", finished_build, "--method", CONCEPTS, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert Patch.load(tmp_path / "out/patch").strengths
+    assert BuildConfig.read(tmp_path / "out" / MARKER).method == CONCEPTS
+
+
 def test_the_row_of_the_table_is_what_the_export_reaches(other):
     """Independently: the folder's embeddings of the test items, searched."""
     out, _ = other

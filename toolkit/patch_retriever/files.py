@@ -146,8 +146,7 @@ def inside(folder: Path, name: str, said_by: Path) -> Path:
         UserError: it would lie elsewhere.
     """
     path = folder / name
-    leaves = ".." in path.relative_to(folder).parts if path.is_relative_to(folder) else True
-    if leaves or not path.parent.resolve().is_relative_to(folder.resolve()):
+    if ".." in Path(name).parts or not path.parent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{said_by}: lists {name!r}, which is not in {folder}")
     return path
 

@@ -33,8 +33,8 @@ class TokenBatch(NamedTuple):
     tokens_ntd: Tensor
     mask_nt: Tensor
     """1 where a token is no padding."""
-    roles_nt: Tensor
-    """Role numbers, uint8 on the CPU."""
+    roles_nt: Tensor | None
+    """Role numbers, uint8 on the CPU, where they were asked for."""
 
 
 def read_batches(
@@ -46,15 +46,18 @@ def read_batches(
     layers: Mapping[str, Subtract] | None = None,
     skip: int = 0,
     kept: KeptTokens | None = None,
+    with_roles: bool = False,
 ) -> Generator[TokenBatch]:
     """The tokens of all items at the readout's site, of the model that is patched at `layers`,
-    without the first `skip` items in the order of batches.
+    without the first `skip` items in the order of batches; with their roles, which are found token
+    by token, if they are wanted.
 
     What is `kept` comes first and does not go through the model. Sets the inputs of the readout
     now: the probe reads its site, so that the model ends there and keeps no list of all layers.
     """
     transformer = as_read(transformer, replace(readout, site=LAST))
-    probe, roles_of, site = Probe(transformer), TokenRoles(transformer), readout.site
+    probe, site = Probe(transformer), readout.site
+    roles_of = TokenRoles(transformer) if with_roles else None
     edits = {layer: subtract.on_stream for layer, subtract in (layers or {}).items()}
     usable = kept if kept is not None and kept.is_of(readout) and not layers else None
     known: list[int] = []
@@ -82,7 +85,7 @@ def read_batches(
                     [left[n] for n in numbers],
                     probe.read(features, [site], edits)[site],
                     features["attention_mask"],
-                    roles_of(features),
+                    None if roles_of is None else roles_of(features),
                 )
 
     return read()

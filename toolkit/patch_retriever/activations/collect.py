@@ -178,10 +178,13 @@ def token_batches(
 ) -> Generator[Tokens]:
     """All tokens by batches, without the first `skip` items; their sinks are counted in `sinks`.
     What is `kept` comes first."""
-    found = read_batches(transformer, items, readout, batch_size, progress, skip=skip, kept=kept)
+    found = read_batches(
+        transformer, items, readout, batch_size, progress, skip=skip, kept=kept, with_roles=True
+    )
     sinks = sinks or SinkCounter()
     with closing(found) as batches:
         for numbers, tokens_ntd, padded_nt, roles_nt in batches:
+            assert roles_nt is not None
             mask_nt = padded_nt.bool()
             pooled_nt = pooling_weights(mask_nt, patched_part(readout.pooling)) > 0
             sink_nt = sinks.add(tokens_ntd, mask_nt, roles_nt)
@@ -216,7 +219,9 @@ def collect_features(
     With `by_role` also each concept's energy on the tokens of each role, for which every token is
     encoded, not only those that the pooling reads.
     """
-    batches = read_batches(transformer, items, readout, batch_size, progress, kept=kept)
+    batches = read_batches(
+        transformer, items, readout, batch_size, progress, kept=kept, with_roles=by_role
+    )
     role_energy = _RoleEnergy(sae.n_concepts)
     pooled_nd, mean_nd = _empty(len(items), sae.d_in, readout)
     scale_n = torch.empty(len(items)) if sae.input_scale == "token" else None
@@ -232,7 +237,7 @@ def collect_features(
         codes_nc = torch.zeros(len(numbers), sae.n_concepts, device=tokens_ntd.device)
         for item_t, position_t, codes_tc in _encoded(tokens_ntd.float(), encoded_nt, sae):
             codes_nc.index_add_(0, item_t, codes_tc * weights_nt[item_t, position_t, None])
-            if by_role:
+            if by_role and roles_nt is not None:
                 role_energy.add(roles_nt[item_t.cpu(), position_t.cpu()].long(), codes_tc)
         codes.append((numbers, Codes.from_dense(codes_nc.cpu())))
     energy_cr = role_energy.mean_cr() if by_role else None

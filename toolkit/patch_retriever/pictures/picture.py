@@ -112,7 +112,7 @@ class PictureFile(_Stored):
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such image file") from None
         except (OSError, ValueError) as error:  # a null byte in the name is the latter
-            raise UserError(f"{self.path!s}: not a readable image ({error})") from None
+            raise UserError(f"{self.path}: not a readable image ({error})") from None
 
 
 @dataclass(frozen=True)
